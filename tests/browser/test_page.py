@@ -1,0 +1,447 @@
+"""The page of the embedded host in a real browser, on the real server, demonstration model and samples.
+
+``KOBOLD_SP_REQUIRE_BROWSER=1`` makes a missing browser a failure instead of a skip;
+``KOBOLD_SP_SCREENSHOT=page.png`` saves the page with its menu open and a noir story.
+"""
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kobold_sp_plugin import SoftPrompt
+
+ROOT = Path(__file__).resolve().parents[2]
+STATIC = ROOT / "kobold_sp_plugin" / "server" / "static"
+REQUIRED = os.environ.get("KOBOLD_SP_REQUIRE_BROWSER", "0") not in ("", "0")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+ARGUMENTS = [
+    "--no-sandbox",  # without which it does not start as root, as in most containers
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+HOSTILE = "<img src=x onerror=\"window.hacked = 'name'\">"
+
+
+class Server:
+    """``kobold-sp serve`` as a process of its own, over a folder of its own."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = folder.parent / "server.log"
+
+    def start(self):
+        command = [sys.executable, "-m", "kobold_sp_plugin.cli", "serve", "--softprompts", str(self.folder)]
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(
+                [*command, "--port", str(self.port)], stdout=log, stderr=log, cwd=str(self.folder.parent),
+                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            )
+        wait_for(self.answers, 45, lambda: self.log.read_text(errors="replace"))
+
+    def answers(self):
+        assert self.process.poll() is None, self.log.read_text(errors="replace")
+        try:
+            return bool(self.get("/api/v1/model"))
+        except OSError:
+            return False
+
+    def stop(self):
+        self.process.send_signal(signal.SIGINT)
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def get(self, path):
+        with urllib.request.urlopen(self.url + path, timeout=20) as reply:
+            return json.load(reply)
+
+    def put(self, path, value):
+        body = json.dumps(value).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.url + path, body, headers, method="PUT")
+        with urllib.request.urlopen(request, timeout=20) as reply:
+            return json.load(reply)
+
+    @property
+    def selected(self):
+        """The file name that the server says is selected."""
+        return self.get("/api/v1/config/soft_prompt")["value"]
+
+
+def wait_for(condition, seconds, explanation=lambda: ""):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain\n{explanation()}"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        sync_playwright = None
+    if executable is None or sync_playwright is None:
+        found = "playwright is not installed" if executable else f"none of {', '.join(BROWSERS)} is installed"
+        (pytest.fail if REQUIRED else pytest.skip)(found)
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=executable, args=ARGUMENTS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("host") / "softprompts"
+    shutil.copytree(ROOT / "softprompts", folder)
+    server = Server(folder)
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def server(running):
+    """The server with nothing selected and the samples alone in its folder; both again afterwards."""
+    samples = {path.name for path in running.folder.iterdir()}
+    yield running
+    running.put("/api/v1/config/soft_prompt", {"value": ""})
+    for path in running.folder.iterdir():
+        if path.name not in samples:
+            path.unlink()
+
+
+@pytest.fixture
+def open_page(browser, server):
+    """Opens the page in a profile of its own; in the end none may have met an error or gone elsewhere."""
+    contexts, problems = [], []
+
+    def open_page(**options):
+        context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
+        context.set_default_timeout(15000)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("console", lambda message: message.type == "error" and problems.append(message.text))
+        page.on("request", lambda request: is_ours(request.url) or problems.append(request.url))
+        page.goto(server.url)
+        page.wait_for_selector("#connection[data-state=on]")
+        return page
+
+    def is_ours(url):
+        return url.startswith((server.url + "/", "data:"))
+
+    open_page.problems = problems
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert problems == []
+
+
+@pytest.fixture
+def page(open_page):
+    return open_page()
+
+
+def expect(locator):
+    from playwright.sync_api import expect
+
+    expect.set_options(timeout=15000)
+    return expect(locator)
+
+
+def row(page, filename):
+    return page.locator(f'#rows > [data-filename="{filename}"]')
+
+
+def pick(page, filename):
+    """Opens the menu where it is closed, clicks the row, and waits until the page shows it as active."""
+    if not page.locator("#softprompts").is_visible():
+        page.click("#softprompts-button")
+    row(page, filename).click()
+    expect(row(page, filename)).to_have_attribute("aria-selected", "true")
+
+
+def write(page, tokens=60):
+    """Presses Submit and returns the story when it has been written."""
+    page.fill("#max-length", str(tokens))
+    page.click("#submit")
+    expect(page.locator("#submit")).to_be_visible()
+    return page.input_value("#story")
+
+
+def like_noir(server, **metadata):
+    """A soft prompt with the rows of noir and this metadata."""
+    noir = SoftPrompt.load(server.folder / "noir.zip")
+    return SoftPrompt(noir.rows, {**noir.metadata, **metadata})
+
+
+def test_a_story_turns_with_the_soft_prompt_that_is_picked(page, server):
+    from kobold_sp_plugin.demonstration.classifier import Classifier
+
+    expect(page.locator("#indicator")).to_have_text("none active")
+    page.fill("#story", "The door opened and")
+    plain = write(page)
+    assert plain.startswith("The door opened and")
+    assert len(plain) > 100
+
+    pick(page, "noir.zip")
+    assert server.selected == "noir.zip"
+    n_tokens = SoftPrompt.load(server.folder / "noir.zip").n_tokens
+    expect(page.locator("#softprompts-button")).to_have_attribute("data-state", "active")
+    effect = r"moves [\d.]+% of the next-token probability"
+    expect(page.locator("#indicator")).to_have_text(
+        re.compile(rf"^noir · {n_tokens} tokens · {effect}$", re.IGNORECASE)
+    )
+    red, green, blue = map(int, re.findall(r"\d+", style(page, "#softprompts-button svg", "stroke"))[:3])
+    assert green > red and green > blue
+
+    classifier, noir = Classifier.fitted(), 0
+    for _ in range(3):
+        page.click("#new")
+        story = write(page)
+        assert story.startswith("The door opened and")
+        assert story != plain
+        noir += classifier.genre(story) == "noir"
+    assert noir >= 2
+
+    pick(page, "")
+    assert server.selected == ""
+    expect(page.locator("#indicator")).to_have_text("none active")
+
+
+def style(page, selector, name):
+    return page.locator(selector).first.evaluate(f"node => getComputedStyle(node).{name}")
+
+
+def test_the_story_streams_and_can_be_stopped_taken_back_and_written_again(page):
+    opening = "It was late, and  \n\nthe captain"
+    page.fill("#story", opening + "  ")
+    page.fill("#max-length", "400")
+    page.press("#story", "Control+Enter")
+    expect(page.locator("#stop")).to_be_visible()
+    page.wait_for_function(f"story.value.length > {len(opening)}")
+    early = len(page.input_value("#story"))
+    page.wait_for_function(f"story.value.length > {early}")
+    assert page.locator("#stop").is_visible()  # so the text came in pieces
+    assert page.locator("#undo").is_disabled()
+    page.click("#stop")
+    expect(page.locator("#submit")).to_be_visible()
+    first = page.input_value("#story")
+    assert first.startswith(opening + " ")
+    assert page.locator(".fresh").text_content() == first[len(opening):]
+    time.sleep(0.3)
+    assert page.input_value("#story") == first  # nothing comes after the stop
+
+    page.fill("#max-length", "30")
+    page.click("#retry")
+    expect(page.locator("#submit")).to_be_visible()
+    second = page.input_value("#story")
+    assert second.startswith(opening) and len(second) > len(opening)
+    page.click("#undo")
+    assert page.input_value("#story") == opening
+    page.click("#redo")
+    assert page.input_value("#story") == second
+    page.click("#new")
+    assert page.input_value("#story") == ""
+    page.click("#undo")
+    assert page.input_value("#story") == second
+    page.reload()
+    expect(page.locator("#story")).to_have_value(second)
+
+
+def test_a_file_that_is_dropped_into_the_folder_appears(page, server):
+    page.click("#softprompts-button")
+    expect(row(page, "noir.zip")).to_contain_text("noir")
+    expect(row(page, "dropped.zip")).to_have_count(0)
+
+    described = like_noir(server, name="Dropped in", author="A. Nonymous", description="Rain on a tin roof.")
+    described.save(server.folder / "dropped.zip")
+    dropped = row(page, "dropped.zip")
+    context = server.get("/api/v1/config/max_context_length")["value"]
+    for text in ("Dropped in", "dropped.zip", "by A. Nonymous", "Rain on a tin roof.", "compatible"):
+        expect(dropped).to_contain_text(text)
+    expect(dropped).to_contain_text(f"uses {described.n_tokens} of {context}")
+
+    pick(page, "dropped.zip")
+    like_noir(server, name="Replaced").save(server.folder / "dropped.zip")
+    expect(dropped).to_contain_text("Replaced")
+    expect(page.locator("#indicator")).to_contain_text("Replaced · ")
+
+    (server.folder / "dropped.zip").unlink()
+    expect(dropped).to_have_count(0)
+    expect(page.locator("#indicator")).to_have_text("none active")
+    expect(page.locator("#notice")).to_contain_text("dropped.zip")
+    assert server.selected == ""
+
+
+def test_a_file_that_cannot_be_used_says_why_and_cannot_be_picked(page, server):
+    pick(page, "noir.zip")
+    whole = (server.folder / "noir.zip").read_bytes()
+    (server.folder / "torn.zip").write_bytes(whole[: len(whole) // 2])
+    SoftPrompt(np.zeros((4, 4096), np.float32), {"name": "Too wide"}).save(server.folder / "wide.zip")
+
+    width = SoftPrompt.load(server.folder / "noir.zip").width
+    expect(row(page, "torn.zip").locator(".verdict")).to_have_text("unreadable")
+    expect(row(page, "wide.zip").locator(".verdict")).to_have_text("incompatible")
+    entries = server.get("/api/extra/softprompts")["entries"]
+    reasons = {entry["filename"]: entry["reason"] for entry in entries}
+    for filename in ("torn.zip", "wide.zip"):
+        expect(row(page, filename).locator(".reason")).to_have_text(reasons[filename])
+        expect(row(page, filename).locator(".reason")).to_be_visible()
+        expect(row(page, filename)).to_have_attribute("aria-disabled", "true")
+        row(page, filename).click(force=True)
+    assert "4096" in reasons["wide.zip"] and str(width) in reasons["wide.zip"]
+    expect(row(page, "noir.zip")).to_have_attribute("aria-selected", "true")
+    assert server.selected == "noir.zip"
+
+    # What only loading finds: the values of the tensor are read when the file is picked.
+    tensor = io.BytesIO()
+    np.save(tensor, np.full((4, width), np.nan, np.float32))
+    with zipfile.ZipFile(server.folder / "nan.zip", "w") as archive:
+        archive.writestr("tensor.npy", tensor.getvalue())
+    row(page, "nan.zip").click()
+    expect(page.locator("#menu-error")).to_contain_text("nan.zip")
+    expect(row(page, "nan.zip").locator(".verdict")).to_have_text("unreadable")
+    expect(page.locator("#indicator")).to_contain_text("20 tokens")
+
+
+def test_text_from_a_file_is_text(page, server):
+    page.click("#softprompts-button")
+    script = "<script>window.hacked = 'author'</script>"
+    markup = "<b>bold</b> &amp; \u202eplain"
+    hostile = like_noir(server, name=HOSTILE, author=script, description=markup, supported=[HOSTILE])
+    hostile.save(server.folder / "evil.zip")
+    evil = row(page, "evil.zip")
+    expect(evil.locator(".name")).to_have_text(HOSTILE)
+    expect(evil.locator(".author")).to_have_text(f"by {script}")
+    expect(evil.locator(".description")).to_have_text(markup)
+    pick(page, "evil.zip")
+    expect(page.locator("#indicator")).to_contain_text(f"{HOSTILE} · ")
+    page.fill("#story", HOSTILE)
+    assert write(page, 5).startswith(HOSTILE)
+    assert page.locator("#rows :is(img, script, b), #mirror img, header img").count() == 0
+    assert page.evaluate("window.hacked") is None
+
+
+def test_every_page_and_every_client_sees_one_selection(open_page, server):
+    one, other = open_page(), open_page()
+    other.click("#softprompts-button")
+    pick(one, "noir.zip")
+    expect(row(other, "noir.zip")).to_have_attribute("aria-selected", "true")
+    expect(other.locator("#indicator")).to_contain_text("tokens")
+    server.put("/api/v1/config/soft_prompt", {"value": ""})
+    for page in (one, other):
+        expect(page.locator("#softprompts-button")).to_have_attribute("data-state", "none")
+
+
+def test_the_newest_of_many_quick_clicks_wins_or_the_page_says_what_did(page, server):
+    page.click("#softprompts-button")
+    expect(row(page, "noir.zip")).to_be_visible()
+    samples = sorted(path.name for path in server.folder.glob("*.zip"))
+    for _ in range(3):
+        for filename in samples:
+            row(page, filename).click(no_wait_after=True)
+    expect(page.locator("#softprompts-button")).to_have_attribute("data-state", "active")
+    expect(page.locator("#rows [aria-busy=true]")).to_have_count(0)
+    time.sleep(0.5)
+    assert page.locator("#rows [aria-selected=true]").get_attribute("data-filename") == server.selected
+
+
+def test_the_menu_works_from_the_keyboard(page, server):
+    page.focus("#softprompts-button")
+    page.keyboard.press("Enter")
+    expect(page.locator("#softprompts")).to_be_visible()
+    expect(row(page, "")).to_be_focused()
+    filenames = [each.get_attribute("data-filename") for each in page.locator("#rows > *").all()]
+    for _ in range(filenames.index("noir.zip")):
+        page.keyboard.press("ArrowDown")
+    expect(row(page, "noir.zip")).to_be_focused()
+    page.keyboard.press(" ")
+    expect(row(page, "noir.zip")).to_have_attribute("aria-selected", "true")
+    like_noir(server, name="First of all").save(server.folder / "000.zip")
+    expect(row(page, "000.zip")).to_be_visible()
+    expect(row(page, "noir.zip")).to_be_focused()  # a new row does not take the focus away
+    page.keyboard.press("Escape")
+    expect(page.locator("#softprompts")).to_be_hidden()
+    expect(page.locator("#softprompts-button")).to_be_focused()
+
+
+def test_a_small_screen_shows_everything(open_page):
+    page = open_page(viewport={"width": 380, "height": 700}, color_scheme="dark")
+    pick(page, "noir.zip")
+    page.click("#close")
+    write(page, 20)
+    assert page.evaluate("document.documentElement.scrollWidth") == 380
+    for selector in ("#submit", "#temperature", "#softprompts-button", "#indicator"):
+        box = page.locator(selector).bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 380 and box["y"] + box["height"] <= 700
+
+
+def test_without_a_server_the_page_says_so_and_with_it_again_goes_on(open_page, server):
+    page = open_page()
+    pick(page, "noir.zip")
+    page.fill("#story", "The door opened and")
+    page.fill("#max-length", "400")
+    page.click("#submit")
+    page.wait_for_function("story.value.length > 40")
+    server.stop()
+    expect(page.locator("#connection")).to_contain_text("not connected")
+    expect(page.locator("#indicator")).to_have_text("not connected")
+    expect(page.locator("#menu-state")).to_contain_text("Not connected")
+    expect(page.locator("#submit")).to_be_disabled()
+    expect(page.locator("#progress")).to_contain_text("connection was lost")
+    expect(row(page, "noir.zip")).to_have_attribute("aria-disabled", "true")
+    kept = page.input_value("#story")
+    assert len(kept) > 40
+
+    server.start()
+    expect(page.locator("#connection")).to_have_text("connected")
+    expect(page.locator("#submit")).to_be_enabled()
+    assert server.selected == ""
+    expect(page.locator("#indicator")).to_have_text("none active")
+    assert write(page, 10).startswith(kept.rstrip(" "))
+    open_page.problems[:] = [each for each in open_page.problems if "WebSocket connection" not in each]
+
+
+def test_the_page_is_small_plain_and_refers_to_nothing_elsewhere():
+    files = {path.name: path.read_text("utf-8") for path in STATIC.iterdir()}
+    assert set(files) == {"index.html", "page.css", "page.js", "socket.js"}
+    assert sum(map(len, files.values())) < 60000
+    everything = "\n".join(files.values()).replace("http://www.w3.org/2000/svg", "")  # a name, not an address
+    assert not re.search(r"https?://|@import|url\(", everything)
+    assert not re.search(r"(inner|outer|Adjacent)HTML|\.write\(|\beval\(|new Function", everything)
+    assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?![^>]* src=)", files["index.html"])
+    assert "script-src 'self';" in files["index.html"]
+
+
+@pytest.mark.skipif("KOBOLD_SP_SCREENSHOT" not in os.environ, reason="KOBOLD_SP_SCREENSHOT names no file")
+def test_screenshot(page):
+    pick(page, "noir.zip")
+    expect(page.locator("#indicator")).to_contain_text("moves")
+    write(page, 180)
+    page.mouse.move(640, 400)
+    page.screenshot(path=os.environ["KOBOLD_SP_SCREENSHOT"])

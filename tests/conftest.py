@@ -1,0 +1,21 @@
+import sys
+import threading
+import time
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind():
+    """No thread and no import hook of ours outlives a test."""
+    finders = list(sys.meta_path)
+    before = set(threading.enumerate())
+    yield
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        left = [each for each in threading.enumerate() if each not in before and each.is_alive()]
+        if not left:
+            break
+        time.sleep(0.01)
+    assert not left, f"threads left running: {left}"
+    assert sys.meta_path == finders
