@@ -25,8 +25,8 @@ _UNFINISHED = (".tmp", ".part", ".partial", ".crdownload", ".download", "~")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]+")
 _KEPT_MODELS = 4
 
-Stamp = Tuple[Tuple[int, int, int, int], ...]
-"""(mtime_ns, ctime_ns, size, inode) of each file that an entry is read from."""
+Stamp = Tuple[int, ...]
+"""mtime_ns, ctime_ns, size and inode, of each file that an entry is read from."""
 
 
 @dataclass(frozen=True)
@@ -148,23 +148,21 @@ class Catalogue:
     def _rescan(self) -> None:
         """Bring ``_records`` up to date with the folder."""
         now = time.time_ns()
-        found: Dict[str, _Record] = {}
         try:
-            with os.scandir(self._folder) as files:
-                for file in files:
-                    if _may_be_listed(file.name):
-                        stamp = _stamp_of(file.path)
-                        if stamp is not None:
-                            found[file.name] = self._refreshed(file.name, file.path, stamp, now)
-        except (FileNotFoundError, NotADirectoryError):
-            pass
+            found = stamps(self._folder)
         except OSError as error:  # a drive that is away for a moment: what was known is the better answer
             _LOG.warning("cannot list %s: %s", self._folder, error)
             return
-        self._records = found
+        old, records = self._records, {}
+        for filename, stamp in found.items():
+            record = old.get(filename)
+            if record is None or record.stamp != stamp or not record.settled:
+                record = self._refreshed(filename, os.path.join(self._folder, filename), stamp, now)
+            records[filename] = record
+        self._records = records
 
     def _refreshed(self, filename: str, path: str, stamp: Stamp, now: int) -> _Record:
-        """The record of a file that looks like ``stamp``: the known one, unless the file may have changed."""
+        """The record of a file that looks like ``stamp``; it is read unless the known record still holds."""
         known = self._records.get(filename)
         if known is None or known.stamp != stamp:
             return _read(path, stamp, _is_settled(stamp, now))
@@ -178,21 +176,39 @@ class Catalogue:
     def _viewed(self, known: Optional[ModelFacts]) -> _View:
         """The view for ``known``; an entry whose record shows the same is kept, and the tuple if all are."""
         old = next((view for view in self._views if view.facts == known), _View(known, {}, {}, ()))
-        entries = {}
+        entries, all_kept = {}, True
         for filename, record in self._records.items():
             before = old.records.get(filename)
-            if before is not None and before.header is record.header and before.fault == record.fault:
+            if before is record or (before and before.header is record.header and before.fault == record.fault):
                 if filename in old.entries:
                     entries[filename] = old.entries[filename]
             elif record.header is not None or record.fault is not None:
                 entries[filename] = _entry(filename, record, known)
+                all_kept = False
         ordered = old.sorted
-        kept = sum(old.entries.get(filename) is entry for filename, entry in entries.items())
-        if not len(entries) == len(old.entries) == kept:
+        if not all_kept or len(entries) != len(old.entries):
             ordered = tuple(sorted(entries.values(), key=_place))
         view = _View(known, self._records, entries, ordered)
         self._views = [view, *(other for other in self._views if other is not old)][:_KEPT_MODELS]
         return view
+
+
+def stamps(folder: Union[str, Path]) -> Dict[str, Stamp]:
+    """How everything in ``folder`` that may be a soft prompt looks: filename → stamp.
+
+    Opens no file. A missing folder is empty. Raises :class:`OSError` for one that cannot be listed.
+    """
+    found = {}
+    try:
+        with os.scandir(folder) as files:
+            for file in files:
+                if _may_be_listed(file.name):
+                    stamp = _stamp_of(file.path)
+                    if stamp is not None:
+                        found[file.name] = stamp
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    return found
 
 
 def _may_be_listed(filename: str) -> bool:
@@ -204,20 +220,13 @@ def _stamp_of(path: str) -> Optional[Stamp]:
     try:
         found = os.stat(path)
         if not stat.S_ISDIR(found.st_mode):
-            return (_look(found),)
-        stamp = (_look(os.stat(os.path.join(path, "tensor.npy"))),)
+            return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
+        parts = _stamp_of(os.path.join(path, "tensor.npy"))
+        return parts and parts + (_stamp_of(os.path.join(path, "meta.json")) or ())
     except FileNotFoundError:
         return None
     except OSError:
         return ()  # it is there, and reading it will tell what is wrong with it
-    try:
-        return (*stamp, _look(os.stat(os.path.join(path, "meta.json"))))
-    except OSError:
-        return stamp
-
-
-def _look(found: os.stat_result) -> Tuple[int, int, int, int]:
-    return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
 
 
 def _is_settled(stamp: Stamp, now: int) -> bool:
@@ -227,7 +236,7 @@ def _is_settled(stamp: Stamp, now: int) -> bool:
     whole seconds are known by their round times; the others tick at least every 16 ms. A time that lies in
     the future is no reason to read the file again and again.
     """
-    for mtime, ctime, _, _ in stamp:
+    for mtime, ctime in zip(stamp[0::4], stamp[1::4]):
         tick = 2_500_000_000 if mtime % 1_000_000_000 == 0 else 100_000_000
         if abs(now - mtime) < tick or abs(now - ctime) < tick:
             return False

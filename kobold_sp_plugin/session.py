@@ -11,12 +11,31 @@ import threading
 import weakref
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, MutableMapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    MutableMapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+)
 
 from .catalogue import Catalogue, Entry
 from .compatibility import ModelFacts, Verdict, judge
 from .engines import Engine
-from .errors import CompatibilityError, ContextExceeded, NoModel, SelectionError, SoftPromptError, UnknownSoftPrompt
+from .errors import (
+    CompatibilityError,
+    ContextExceeded,
+    NoModel,
+    SelectionError,
+    SoftPromptError,
+    UnknownSoftPrompt,
+)
 from .softprompt import SoftPrompt
 from .watch import Watcher, watch
 
@@ -236,9 +255,12 @@ class Session:
 
     def watch(self) -> None:
         """Refresh by itself whenever the folder changes, until closed; starts the watcher's thread."""
+        started: Optional[Watcher] = watch(self.catalogue.folder, self.refresh)
         with self._lock:
             if self._watcher is None and not self._closed:
-                self._watcher = watch(self.catalogue.folder, self.refresh)
+                self._watcher, started = started, None
+        if started is not None:  # it was watched already, or is closed
+            started.close()
 
     def close(self) -> None:
         """Stop watching and measuring; nobody is told of anything any more."""

@@ -119,7 +119,7 @@ class SoftTokens:
         self._vocabulary, self._width = _size_of(embedding)
         self._embedding = weakref.ref(embedding)
         self._lock = threading.Lock()
-        self._allocated: List["weakref.ref[_Rows]"] = []
+        self._allocated: List[weakref.ref[_Rows]] = []
         self._next_id = self._vocabulary
         self._table: Optional[_Table] = None
         self._selected: Optional[_Rows] = None

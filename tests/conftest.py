@@ -3,6 +3,9 @@ import threading
 import time
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # the models are tiny: a second thread only waits for the first
 
 
 @pytest.fixture(autouse=True)

@@ -50,10 +50,12 @@ class Server:
         self.log = folder.parent / "server.log"
 
     def start(self):
-        command = [sys.executable, "-m", "kobold_sp_plugin.cli", "serve", "--softprompts", str(self.folder)]
+        command = [sys.executable, "-c", "from kobold_sp_plugin.cli import main; main()", "serve"]
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
-                [*command, "--port", str(self.port)], stdout=log, stderr=log, cwd=str(self.folder.parent),
+                [*command, "--softprompts", str(self.folder), "--port", str(self.port)],
+                stdout=log,
+                stderr=log,
                 env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             )
         wait_for(self.answers, 45, lambda: self.log.read_text(errors="replace"))

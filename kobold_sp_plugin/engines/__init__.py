@@ -1,0 +1,68 @@
+"""What can generate with a soft prompt: one file per engine, and what all engines have in common.
+
+Importing this module imports no engine's own libraries.
+"""
+
+import threading
+from dataclasses import dataclass
+from typing import Generator, Optional, Protocol, Sequence, Tuple
+
+from ..compatibility import ModelFacts
+from ..softprompt import SoftPrompt
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """One request for text: what stands before it, how long it may get, how its tokens are drawn.
+
+    ``max_length``: new tokens. ``max_context_length``: tokens in all, where the client wants fewer than
+    the model has. ``temperature`` near zero: always the likeliest token. ``top_k`` 0, ``top_p`` 1,
+    ``typical`` 1 and ``rep_pen`` 1 switch their sampler off. The text ends before the first of
+    ``stop_sequence``. ``seed``: the same seed gives the same text; None draws one.
+    """
+
+    prompt: str
+    memory: str = ""
+    max_length: int = 80
+    max_context_length: Optional[int] = None
+    temperature: float = 0.8
+    top_p: float = 0.9
+    top_k: int = 0
+    typical: float = 1.0
+    rep_pen: float = 1.0
+    stop_sequence: Tuple[str, ...] = ()
+    seed: Optional[int] = None
+
+
+class Engine(Protocol):
+    """What a session needs of an engine."""
+
+    name: str
+
+    @property
+    def alive(self) -> bool:
+        """Whether the model still exists; the engine does not keep it."""
+
+    @property
+    def context(self) -> Optional[int]:
+        """Tokens that the model can attend to, or None where nothing tells."""
+
+    def facts(self) -> ModelFacts:
+        """What a soft prompt is judged against; computed once."""
+
+    def select(self, softprompts: Sequence[SoftPrompt]) -> None:
+        """Make these, in order, the soft prompts of generations that begin from now on; raises, or all are taken."""
+
+    def effect(self, softprompts: Sequence[SoftPrompt]) -> float:
+        """How far these soft prompts move the next-token distribution, from 0 (not at all) to 1."""
+
+    def generate(
+        self,
+        settings: GenerationSettings,
+        softprompts: Optional[Sequence[SoftPrompt]] = None,
+        stop: Optional[threading.Event] = None,
+    ) -> Generator[str, None, None]:
+        """Text, piece by piece, with these soft prompts instead of the selection unless None.
+
+        Closing the iterator, or setting ``stop``, ends the generation within one token.
+        """

@@ -1,0 +1,362 @@
+"""A transformers model in this process: text piece by piece, one generation at a time.
+
+One mechanism serves every release: a stopping criterion. It sees the ids after each new token, makes
+text of them, and answers whether to stop; streamers came later than our lowest release.
+"""
+
+import logging
+import queue
+import secrets
+import threading
+import weakref
+from pathlib import Path
+from typing import Any, Dict, Generator, List, Optional, Sequence, Tuple, Union
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, StoppingCriteriaList
+from transformers import __version__ as transformers_version
+
+from ..compatibility import ModelFacts, context_of, facts
+from ..errors import ContextExceeded, ModelError, NoModel
+from ..soft_tokens import SoftTokens, attach
+from ..softprompt import SoftPrompt
+from . import GenerationSettings
+
+GREEDY_BELOW = 1e-4
+"""A temperature or ``top_p`` below this means the likeliest token; samplers overflow there, or keep none."""
+
+PROBES = (
+    "The door opened and",
+    "It was",
+    "She looked at him and said,",
+    "Nobody in the room had expected that",
+    "In the morning they",
+    "He put it on the table.",
+    "What happened next was",
+    "Once",
+)
+"""Beginnings that leave open what follows; the effect is measured on them."""
+
+_TAIL = 6
+"""Tokens of the prompt that new ones are decoded after: a tokenizer may write a word's space only in context."""
+_TURN_SECONDS = 0.05
+"""How often a generation that waits for its turn looks whether it was stopped."""
+_UNFINISHED = "\ufffd"
+"""What a decoder writes for the first bytes of a character whose last ones are in the next token."""
+
+
+def load_transformers(path: Union[str, Path]) -> Tuple[Any, Any, str]:
+    """Load a causal model and its tokenizer, from a folder or by its name on the hub: (model, tokenizer, name).
+
+    The model is in evaluation mode without gradients; on a GPU in the dtype it is stored in, else in
+    float32. Raises :class:`ModelError`.
+    """
+    auto_dtype = {"torch_dtype": "auto"} if int(transformers_version.split(".")[0]) < 5 else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+        model = AutoModelForCausalLM.from_pretrained(str(path), **auto_dtype)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(f"{path} cannot be loaded as a causal language model: {lines[0]}") from error
+    model = model.to("cuda") if torch.cuda.is_available() else model.float()
+    model.eval().requires_grad_(False)
+    return model, tokenizer, Path(path).resolve().name if Path(path).is_dir() else str(path)
+
+
+class TransformersEngine:
+    """Generates with a model that is already loaded; the model gets soft tokens, and is held weakly.
+
+    ``lock`` is held while the model generates or is measured. A host that generates by itself takes it
+    too, so that a measurement waits.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, name: str):
+        self.name = name
+        self.lock = threading.Lock()
+        self._model = weakref.ref(model)
+        self._tokenizer = tokenizer
+        self._context = context_of(model)
+        self._facts: Optional[ModelFacts] = None
+        attach(model)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the model still exists."""
+        return self._model() is not None
+
+    @property
+    def context(self) -> Optional[int]:
+        """Tokens that the model can attend to, or None where its config does not tell."""
+        return self._context
+
+    def facts(self) -> ModelFacts:
+        """Name, width, context and fingerprint; the matrix is read at the first call."""
+        if self._facts is None:
+            self._facts = facts(self._existing(), self.name)
+        return self._facts
+
+    def select(self, softprompts: Sequence[SoftPrompt]) -> None:
+        """Make these, in order, the soft prompts of generations that begin from now on. Raises :class:`WidthMismatch`."""
+        model = self._model()
+        if model is not None:
+            attach(model).select(softprompts)
+
+    def effect(self, softprompts: Sequence[SoftPrompt]) -> float:
+        """Mean total-variation distance of the next-token distribution with and without, over ``PROBES``: 0 to 1."""
+        model = self._existing()
+        handle = attach(model)
+        distances = []
+        with self.lock, torch.no_grad():
+            for probe in PROBES:
+                ids = torch.tensor([self._ids(probe)], device=model.device)
+                with handle.override():
+                    without = _next_token(model, handle, ids)
+                with handle.override(softprompts):
+                    having = _next_token(model, handle, ids)
+                distances.append((having - without).abs().sum().item() / 2)
+        return min(1.0, sum(distances) / len(distances))
+
+    def generate(
+        self,
+        settings: GenerationSettings,
+        softprompts: Optional[Sequence[SoftPrompt]] = None,
+        stop: Optional[threading.Event] = None,
+    ) -> Generator[str, None, None]:
+        """Text, piece by piece, with these soft prompts in place of the selection unless None.
+
+        The soft prompts and the text are fixed when this is called; the model starts when the first piece
+        is asked for and no other generation is running. Closing the iterator or setting ``stop`` ends it
+        within one token. Raises :class:`ContextExceeded` or :class:`NoModel`; what goes wrong later is
+        raised from the iterator.
+        """
+        handle = attach(self._existing())
+        chosen = handle.selection if softprompts is None else tuple(softprompts)
+        ids = self._fit(settings, sum(softprompt.n_tokens for softprompt in chosen))
+        text = _Text(self._tokenizer, ids, settings.stop_sequence)
+        return self._pieces(handle, chosen, ids, settings, text, stop or threading.Event())
+
+    def _pieces(
+        self,
+        handle: SoftTokens,
+        softprompts: Sequence[SoftPrompt],
+        ids: List[int],
+        settings: GenerationSettings,
+        text: "_Text",
+        stop: threading.Event,
+    ) -> Generator[str, None, None]:
+        """The generation, in a thread of its own that ends before the iterator does."""
+        pieces: "queue.SimpleQueue[Union[str, BaseException, None]]" = queue.SimpleQueue()
+        closed = threading.Event()
+        watcher = _Watcher(text, len(ids), pieces, (stop, closed))
+
+        def run() -> None:
+            try:
+                while not self.lock.acquire(timeout=_TURN_SECONDS):
+                    if watcher.stopped:
+                        pieces.put(None)
+                        return
+                try:
+                    self._run(handle, softprompts, ids, settings, watcher)
+                finally:
+                    self.lock.release()
+                pieces.put(text.rest())
+                pieces.put(None)
+            except BaseException as error:  # whatever it is, the reader must not wait for ever
+                pieces.put(error)
+
+        thread = threading.Thread(target=run, name="generation", daemon=True)
+        thread.start()
+        try:
+            while True:
+                piece = pieces.get()
+                if piece is None:
+                    return
+                if isinstance(piece, BaseException):
+                    raise piece
+                if piece:
+                    yield piece
+        finally:
+            closed.set()
+            thread.join()
+
+    def _run(
+        self,
+        handle: SoftTokens,
+        softprompts: Sequence[SoftPrompt],
+        ids: List[int],
+        settings: GenerationSettings,
+        watcher: "_Watcher",
+    ) -> None:
+        model = self._existing()
+        device = model.device
+        input_ids = torch.tensor([ids], device=device)
+        gpus = [device.index or 0] if device.type == "cuda" else []
+        seed = secrets.randbits(63) if settings.seed is None else settings.seed
+        with handle.override(softprompts), torch.no_grad(), torch.random.fork_rng(devices=gpus):
+            torch.manual_seed(seed)  # torch draws from one stream per process; it is given back as it was
+            output = model.generate(
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                max_new_tokens=settings.max_length,
+                num_beams=1,
+                pad_token_id=self._pad_id(),
+                stopping_criteria=StoppingCriteriaList([watcher]),
+                **_sampling(settings),
+            )
+        watcher.see(output)  # an end-of-sequence token ends the loop before the criterion is asked
+
+    def _fit(self, settings: GenerationSettings, n_soft: int) -> List[int]:
+        """The ids to continue: all of the text, or as much of the story's end as the context has room for."""
+        ids = self._ids(settings.memory + settings.prompt)
+        limits = [limit for limit in (self._context, settings.max_context_length) if limit is not None]
+        if not limits:
+            return ids
+        room = min(limits) - n_soft - settings.max_length
+        if len(ids) <= room:
+            return ids
+        head = self._ids(settings.memory) if settings.memory else self._prefix()
+        if len(head) >= room:
+            raise ContextExceeded(
+                f"{n_soft} soft tokens, {len(head)} tokens of memory and {settings.max_length} new ones leave no room "
+                f"for the story in a context of {min(limits)} tokens."
+            )
+        return head + ids[len(head) - room :]
+
+    def _ids(self, text: str) -> List[int]:
+        """Ids of ``text`` behind what the tokenizer begins a text with; never none."""
+        if text:
+            ids = list(self._tokenizer(text)["input_ids"])
+            end = self._tokenizer.eos_token_id
+            if len(ids) > 1 and ids[-1] == end and not text.endswith(str(self._tokenizer.eos_token)):
+                ids.pop()  # some tokenizers close every text; what follows then would be a new one
+        else:
+            ids = self._prefix()
+        if ids:
+            return ids
+        start = self._tokenizer.bos_token_id
+        start = self._tokenizer.eos_token_id if start is None else start
+        if start is None:
+            raise ModelError(f"{self.name} has no token that a text can begin with; the prompt must not be empty.")
+        return [start]
+
+    def _prefix(self) -> List[int]:
+        """What the tokenizer puts in front of every text: mostly the beginning-of-sequence token, or nothing."""
+        ids = list(self._tokenizer("")["input_ids"])
+        end = self._tokenizer.eos_token_id
+        return ids[:-1] if ids and ids[-1] == end != self._tokenizer.bos_token_id else ids
+
+    def _pad_id(self) -> int:
+        """An id for padding; with one row there is none, but transformers warns where it has to guess."""
+        for token_id in (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id):
+            if token_id is not None:
+                return int(token_id)
+        return 0
+
+    def _existing(self) -> Any:
+        model = self._model()
+        if model is None:
+            raise NoModel(f"The model {self.name} is no longer loaded.")
+        return model
+
+
+def _sampling(settings: GenerationSettings) -> Dict[str, Any]:
+    """The settings in transformers' words. All are said: a model's own defaults must not add to them."""
+    if min(settings.temperature, settings.top_p) < GREEDY_BELOW:
+        return {"do_sample": False, "repetition_penalty": settings.rep_pen}
+    return {
+        "do_sample": True,
+        "temperature": settings.temperature,
+        "top_k": settings.top_k,
+        "top_p": settings.top_p,
+        "typical_p": max(settings.typical, 1e-6),  # a mass of 0 is refused, and means the same
+        "repetition_penalty": settings.rep_pen,
+    }
+
+
+def _next_token(model: Any, handle: SoftTokens, input_ids: torch.Tensor) -> torch.Tensor:
+    """``[vocabulary]``: the distribution of the token after ``input_ids``, with this thread's soft prompts."""
+    logits = model(**handle.prepend(input_ids)).logits[0, -1]
+    return torch.softmax(logits.float(), dim=-1)
+
+
+class _Watcher(StoppingCriteria):
+    """Sees every new token inside ``generate``: passes its text on, and says when to stop."""
+
+    def __init__(
+        self,
+        text: "_Text",
+        n_prompt: int,
+        pieces: "queue.SimpleQueue[Union[str, BaseException, None]]",
+        stops: Sequence[threading.Event],
+    ):
+        self._text = text
+        self._n_seen = n_prompt
+        self._pieces = pieces
+        self._stops = stops
+
+    @property
+    def stopped(self) -> bool:
+        return any(stop.is_set() for stop in self._stops)
+
+    def see(self, input_ids: torch.Tensor) -> None:
+        """Pass the text of what is new in ``input_ids [1, length]`` on."""
+        new = input_ids[0, self._n_seen :].tolist()
+        self._n_seen += len(new)
+        self._pieces.put(self._text.add(new))
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.see(input_ids)
+        stop = self._text.ended or self.stopped
+        # A tensor with one answer serves releases that ask each row, and those that ask any().
+        return torch.full((input_ids.shape[0],), stop, dtype=torch.bool, device=input_ids.device)
+
+
+class _Text:
+    """Makes text of ids that come one by one, and ends it before the first stop sequence."""
+
+    def __init__(self, tokenizer: Any, prompt_ids: Sequence[int], stop_sequences: Sequence[str]):
+        self._tokenizer = tokenizer
+        self._ids = list(prompt_ids[-_TAIL:])
+        self._start = 0
+        """From here on ids are decoded; what comes before can change nothing any more."""
+        self._done = len(self._ids)
+        """Ids before this one are text already."""
+        self._held = ""
+        """Text that may turn out to be the beginning of a stop sequence."""
+        self._stop_sequences = [stop for stop in stop_sequences if stop]
+        self.ended = False
+
+    def add(self, ids: Sequence[int]) -> str:
+        """The text that ``ids`` settle; "" while a character or a possible stop sequence is unfinished."""
+        self._ids.extend(ids)
+        return self._take(final=False)
+
+    def rest(self) -> str:
+        """The text that was still open at the end."""
+        return self._take(final=True)
+
+    def _take(self, final: bool) -> str:
+        if self.ended:
+            return ""
+        known = self._decode(self._ids[self._start : self._done])
+        all_of_it = self._decode(self._ids[self._start :])
+        if len(all_of_it) > len(known) and (final or not all_of_it.endswith(_UNFINISHED)):
+            self._held += all_of_it[len(known) :]
+            self._start, self._done = self._done, len(self._ids)
+        return self._settled(final)
+
+    def _settled(self, final: bool) -> str:
+        found = [at for at in (self._held.find(stop) for stop in self._stop_sequences) if at >= 0]
+        if found:
+            self.ended = True
+            return self._held[: min(found)]
+        keep = 0
+        if not final:
+            longest = max((len(stop) for stop in self._stop_sequences), default=1) - 1
+            sizes = range(min(longest, len(self._held)), 0, -1)
+            keep = next((n for n in sizes if any(s.startswith(self._held[-n:]) for s in self._stop_sequences)), 0)
+        settled, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return settled
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -1,0 +1,321 @@
+import gc
+import threading
+import time
+import weakref
+from contextlib import closing
+
+import numpy as np
+import pytest
+import torch
+from models import FAMILIES, tiny_model, tiny_tokenizer
+
+from kobold_sp_plugin import SoftPrompt, attach
+from kobold_sp_plugin.engines import GenerationSettings
+from kobold_sp_plugin.engines.transformers import PROBES, TransformersEngine, _Text, load_transformers
+from kobold_sp_plugin.errors import ContextExceeded, ModelError, NoModel, UnsupportedCall
+
+FAMILY = "llama" if "llama" in FAMILIES else "gptj"
+GREEDY = {"temperature": 0.0}
+
+
+def softprompt(seed=0, n_tokens=5, width=32):
+    return SoftPrompt(np.random.default_rng(seed).normal(size=(n_tokens, width)).astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def model():
+    return tiny_model(FAMILY)
+
+
+@pytest.fixture
+def engine(model, tokenizer):
+    return TransformersEngine(model, tokenizer, "tiny")
+
+
+def text_of(engine, prompt="The door opened and", softprompts=None, **settings):
+    return "".join(engine.generate(GenerationSettings(prompt, **{"max_length": 20, **settings}), softprompts))
+
+
+def ids_of(model, tokenizer, prompt, softprompts=(), max_length=20):
+    """What the model itself generates, greedily."""
+    given = tokenizer(prompt, return_tensors="pt")
+    ids = {name: given[name] for name in ("input_ids", "attention_mask")}
+    with attach(model).override(softprompts), torch.no_grad():
+        out = model.generate(**ids, max_new_tokens=max_length, do_sample=False, pad_token_id=0)
+    return out[0, ids["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("softprompts", [(), (softprompt(),)], ids=["plain", "with a soft prompt"])
+def test_the_pieces_are_the_text_that_the_model_generates(engine, model, tokenizer, softprompts):
+    prompt = "The door opened and"
+    before = tokenizer(prompt)["input_ids"]
+    after = before + ids_of(model, tokenizer, prompt, softprompts)
+    decoded = [tokenizer.decode(ids, skip_special_tokens=True) for ids in (before, after)]
+    assert text_of(engine, prompt, softprompts, **GREEDY) == decoded[1][len(decoded[0]) :]
+
+
+def test_text_comes_while_it_is_generated(engine):
+    arrived = []
+    with closing(engine.generate(GenerationSettings("The door", max_length=30))) as pieces:
+        for piece in pieces:
+            arrived.append(piece)
+    assert len(arrived) > 10
+    assert all(arrived)
+
+
+def test_a_selection_changes_the_text_and_its_end_restores_it(engine):
+    plain = text_of(engine, **GREEDY)
+    engine.select([softprompt()])
+    assert text_of(engine, **GREEDY) != plain
+    assert text_of(engine, softprompts=(), **GREEDY) == plain
+    engine.select([])
+    assert text_of(engine, **GREEDY) == plain
+
+
+def test_a_generation_keeps_the_soft_prompts_that_it_was_asked_with(engine):
+    engine.select([softprompt(1)])
+    expected = text_of(engine, **GREEDY)
+    pieces = engine.generate(GenerationSettings("The door opened and", max_length=20, **GREEDY))
+    engine.select([softprompt(2)])
+    text = next(pieces)
+    engine.select([])
+    assert text + "".join(pieces) == expected
+
+
+def test_the_same_seed_gives_the_same_text_and_leaves_the_process_its_own(engine):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    one, again, other = (text_of(engine, seed=seed, temperature=1.0) for seed in (1, 1, 2))
+    assert one == again != other
+    assert torch.equal(torch.rand(3), expected)
+    assert text_of(engine, temperature=1.0) != text_of(engine, temperature=1.0), "without a seed, texts differ"
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 1e-5}, {"top_k": 1}, {"top_p": 0.0}, {"top_p": 1e-3}, {"typical": 0.0, "rep_pen": 1.3}]
+)
+def test_extreme_settings_work(engine, settings):
+    assert text_of(engine, **settings)
+
+
+def test_sampling_is_said_in_full(engine, model):
+    generation_config = getattr(model, "generation_config", None)
+    if generation_config is None:
+        pytest.skip("before generation_config")
+    generation_config.top_k, generation_config.num_beams = 1, 1
+    generation_config.do_sample = True
+    assert len({text_of(engine, seed=seed, temperature=2.0, top_p=1.0) for seed in range(5)}) == 5
+
+
+class TestStopping:
+    def test_text_ends_before_a_stop_sequence_and_none_of_it_was_shown(self, engine):
+        whole = text_of(engine, max_length=60, **GREEDY)
+        stop = whole[20:25]
+        settings = GenerationSettings("The door opened and", max_length=60, stop_sequence=("zzzz", stop), **GREEDY)
+        pieces = list(engine.generate(settings))
+        assert "".join(pieces) == whole[: whole.index(stop)]
+
+    def test_closing_the_iterator_ends_the_model_within_a_token(self, engine, model):
+        forwards = count_forwards(model)
+        pieces = engine.generate(GenerationSettings("The door", max_length=90))
+        next(pieces)
+        pieces.close()
+        at_end = forwards()
+        assert at_end < 90
+        time.sleep(0.05)
+        assert forwards() == at_end
+
+    def test_a_stop_from_another_thread_ends_it_within_a_token(self, engine, model):
+        stop = threading.Event()
+        forwards = count_forwards(model)
+        pieces = engine.generate(GenerationSettings("The door", max_length=90), stop=stop)
+        next(pieces)
+        at_stop = forwards()
+        stop.set()
+        list(pieces)
+        assert forwards() <= at_stop + 2
+
+    def test_one_that_waits_for_its_turn_can_be_stopped(self, engine):
+        stop = threading.Event()
+        with engine.lock:
+            timer = threading.Timer(0.1, stop.set)
+            timer.start()
+            assert list(engine.generate(GenerationSettings("The door"), stop=stop)) == []
+        timer.join()
+
+    def test_an_iterator_that_nobody_reads_starts_nothing(self, engine):
+        threads = threading.active_count()
+        engine.generate(GenerationSettings("The door"))
+        assert threading.active_count() == threads
+
+
+def count_forwards(model):
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    return lambda: len(calls)
+
+
+class TestErrors:
+    def test_an_error_of_the_model_is_raised_from_the_iterator_and_the_next_works(self, engine, model):
+        handle = model.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            text_of(engine)
+        handle.remove()
+        assert text_of(engine)
+
+    def test_a_model_that_is_gone_is_said_to_be(self, tokenizer):
+        model = tiny_model(FAMILY)
+        engine = TransformersEngine(model, tokenizer, "tiny")
+        reference = weakref.ref(model)
+        assert engine.alive and text_of(engine)
+        del model
+        gc.collect()
+        assert reference() is None and not engine.alive
+        engine.select([])
+        for call in (lambda: text_of(engine), lambda: engine.effect([]), engine.facts):
+            with pytest.raises(NoModel):
+                call()
+
+    def test_an_encoder_decoder_is_refused(self, tokenizer):
+        from transformers import T5Config, T5ForConditionalGeneration
+
+        config = T5Config(vocab_size=50, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+        with pytest.raises((ModelError, UnsupportedCall)):
+            TransformersEngine(T5ForConditionalGeneration(config), tokenizer, "t5")
+
+    @pytest.mark.parametrize("content", [None, "{}", "not json"])
+    def test_a_folder_that_is_no_model_is_a_named_error(self, tmp_path, content):
+        if content is not None:
+            (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ModelError, match=str(tmp_path)):
+            load_transformers(tmp_path)
+
+
+class TestBudget:
+    """Invariant 10: what must go is the oldest story text."""
+
+    LONG = " ".join(f"door {number}" for number in range(60))
+
+    def seen_by(self, model, engine, **settings):
+        seen = []
+        handle = model.get_input_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        text = text_of(engine, **settings)
+        handle.remove()
+        return [token_id for token_id in seen[0][0].tolist() if token_id < model.config.vocab_size], text
+
+    @pytest.mark.parametrize("n_soft", [0, 5])
+    @pytest.mark.parametrize("asked", [None, 50, 4096])
+    def test_the_oldest_story_text_goes(self, engine, model, tokenizer, n_soft, asked):
+        softprompts = [softprompt(n_tokens=n_soft)] if n_soft else []
+        settings = {"prompt": self.LONG, "memory": "The clock.", "max_length": 20, "max_context_length": asked}
+        ids, _ = self.seen_by(model, engine, softprompts=softprompts, **settings)
+        memory, story = tokenizer("The clock.")["input_ids"], tokenizer(self.LONG)["input_ids"]
+        assert len(ids) == min(asked or 128, 128) - n_soft - 20
+        assert ids[: len(memory)] == memory and ids[0] == tokenizer.bos_token_id
+        kept = ids[len(memory) :]
+        assert kept == story[-len(kept) :]
+
+    def test_the_last_token_still_fits(self, engine):
+        settings = {"prompt": self.LONG, "max_length": 100, "softprompts": [softprompt()]}
+        assert text_of(engine, **settings)
+
+    @pytest.mark.parametrize("max_length", [123, 128, 10**9])
+    def test_what_cannot_fit_is_refused_with_the_numbers(self, engine, max_length):
+        with pytest.raises(ContextExceeded, match=rf"5 soft tokens.*{max_length} new.*128"):
+            text_of(engine, softprompts=[softprompt()], max_length=max_length)
+
+    def test_memory_is_never_cut(self, engine):
+        with pytest.raises(ContextExceeded, match="memory"):
+            text_of(engine, memory=self.LONG, prompt="The end")
+
+    def test_an_empty_prompt_begins_with_what_the_tokenizer_begins_with(self, engine, tokenizer):
+        assert text_of(engine, prompt="")
+        assert engine._ids("") == [tokenizer.bos_token_id]
+
+
+class TestEffect:
+    def test_nothing_has_none_and_a_random_prompt_has_one(self, engine):
+        assert engine.effect([]) == 0.0
+        assert 0.01 < engine.effect([softprompt()]) <= 1.0
+
+    def test_it_is_the_mean_distance_of_the_distributions(self, engine, model, tokenizer):
+        prompt, expected = softprompt(), []
+        embed = model.get_input_embeddings()
+        for probe in PROBES:
+            ids = tokenizer(probe, return_tensors="pt")["input_ids"]
+            with torch.no_grad():
+                plain = embed(ids)
+                rows = torch.tensor(prompt.rows)[None]
+                ends = [model(inputs_embeds=x).logits[0, -1].softmax(-1) for x in (plain, torch.cat([rows, plain], 1))]
+            expected.append((ends[0] - ends[1]).abs().sum().item() / 2)
+        assert engine.effect([prompt]) == pytest.approx(sum(expected) / len(expected), abs=1e-4)
+
+    def test_it_leaves_the_selection(self, engine):
+        engine.select([softprompt(1)])
+        before = text_of(engine, **GREEDY)
+        engine.effect([softprompt(2)])
+        assert text_of(engine, **GREEDY) == before
+
+    def test_it_waits_for_a_generation_and_does_not_disturb_it(self, engine):
+        expected = text_of(engine, max_length=60, **GREEDY)
+        pieces = engine.generate(GenerationSettings("The door opened and", max_length=60, **GREEDY))
+        text = next(pieces)
+        measured = []
+        thread = threading.Thread(target=lambda: measured.append(engine.effect([softprompt()])))
+        thread.start()
+        text += "".join(pieces)
+        thread.join()
+        assert text == expected and measured
+
+
+class Bytes:
+    """A tokenizer of bytes: a character may need several tokens."""
+
+    def decode(self, ids, **options):
+        return bytes(ids).decode("utf-8", errors="replace")
+
+
+def fed(text, stops=(), prompt=b"Once"):
+    maker = _Text(Bytes(), list(prompt), stops)
+    pieces = []
+    for byte in text.encode():
+        if maker.ended:
+            break
+        pieces.append(maker.add([byte]))
+    return [*pieces, maker.rest()], maker
+
+
+class TestText:
+    @pytest.mark.parametrize("text", ["plain", "naïve “quotes” 日本語 🙂🙂", "", "\n\n"])
+    def test_pieces_join_to_the_text_and_no_half_character_is_shown(self, text):
+        pieces, _ = fed(text)
+        assert "".join(pieces) == text
+        assert not any("\ufffd" in piece for piece in pieces)
+
+    def test_an_unfinished_character_at_the_end_is_not_lost(self):
+        maker = _Text(Bytes(), [], ())
+        assert maker.add(list("é".encode())[:1]) == ""
+        assert maker.rest() == "\ufffd"
+
+    @pytest.mark.parametrize(
+        ("stops", "expected"),
+        [
+            (["\nYou:"], "She ran.\nYou"),
+            (["You: no"], "She ran.\n"),
+            (["ran", "She"], ""),
+            (["absent", ""], "She ran.\nYou: no"),
+            (["no way"], "She ran.\nYou: no"),
+        ],
+    )
+    def test_stop_sequences(self, stops, expected):
+        text = "She ran.\nYou: no"
+        expected = expected if stops != ["\nYou:"] else "She ran."
+        pieces, maker = fed(text, stops)
+        assert "".join(pieces) == expected
+        assert maker.ended == (expected != text)
