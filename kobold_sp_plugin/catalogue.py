@@ -186,8 +186,10 @@ class Catalogue:
                 entries[filename] = _entry(filename, record, known)
                 all_kept = False
         ordered = old.sorted
-        if not all_kept or len(entries) != len(old.entries):
+        if entries.keys() != old.entries.keys():
             ordered = tuple(sorted(entries.values(), key=_place))
+        elif not all_kept:
+            ordered = tuple(entries[entry.filename] for entry in ordered)
         view = _View(known, self._records, entries, ordered)
         self._views = [view, *(other for other in self._views if other is not old)][:_KEPT_MODELS]
         return view

@@ -77,7 +77,9 @@ def test_a_forward_pass_equals_a_larger_embedding_matrix(model):
     torch.testing.assert_close(model(**handle.prepend(TEXT)).logits, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"use_cache": False}, {"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}]
+)
 def test_generate_equals_ordinary_tokens_in_front(model, options):
     torch.manual_seed(0)
     expected = generate(model, in_front(HARD, TEXT), **options)[:, len(HARD) :]
@@ -257,15 +259,17 @@ def test_the_callers_tensors_are_not_changed(model):
 
 
 def snapshot(model):
-    return {
-        name: (dict(vars(module)), type(module), {key: dict(value) for key, value in vars(module).items() if "hooks" in key})
-        for name, module in model.named_modules()
-    }
+    """Of every module: its attributes, its class, its hooks."""
+
+    def hooks(module):
+        return {key: dict(value) for key, value in vars(module).items() if "hooks" in key}
+
+    return {name: (dict(vars(each)), type(each), hooks(each)) for name, each in model.named_modules()}
 
 
 def test_attach_and_detach_are_exact(model):
-    before, classes = snapshot(model), {cls: dict(vars(cls)) for cls in type(model).__mro__}
     expected = generate(model, TEXT)
+    before, classes = snapshot(model), {cls: dict(vars(cls)) for cls in type(model).__mro__}
     handle = attach(model)
     assert attach(model) is handle
     handle.select(rows_of(model, HARD))
@@ -431,6 +435,10 @@ def test_a_decode_step_dispatches_the_bare_models_operators(model, options):
     handle.select(rows_of(model, HARD))
     soft = operators_per_step(model, TEXT, **options)
     assert len(bare) == len(soft) == 12
+    if hasattr(model, "_get_initial_cache_position"):
+        # 4.44 to 4.57 gather the newest id by its position; with soft tokens it is a slice, which is a view.
+        views = {"aten.index.Tensor", "aten.slice.Tensor", "aten.alias.default"}
+        bare, soft = ([[name for name in step if name not in views] for step in steps] for steps in (bare, soft))
     assert soft == bare
 
 

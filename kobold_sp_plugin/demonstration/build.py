@@ -27,8 +27,9 @@ from .lexicon import LEXICON, NAMES
 BOS, EOS, PAD = 0, 1, 2
 CONTEXT = 1024  # tokens
 N_ROWS = 20
-PROMPT_STEPS = 160
-PROMPT_STORIES = 1200
+BATCH_TOKENS = 2000
+PROMPT_STEPS = 120
+PROMPT_STORIES = 800
 
 # Written as they stand: plain keys that every release of transformers with Llama reads. The file is
 # stored in float16; declaring float32 keeps releases that obey the declaration from computing in
@@ -117,11 +118,11 @@ def batches(texts: Sequence[Labelled], tokens: int, rng: random.Random) -> Itera
 
 def loss_of(
     model: LlamaForCausalLM, batch: Sequence[Labelled], rows: Optional[torch.Tensor] = None
-) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy in nats at every position of a batch that has a label, and which text it is of.
+) -> torch.Tensor:
+    """Cross-entropy in nats, a scalar: the mean over all positions of a batch that have a label.
 
-    ``rows``: float ``[n_tokens, width]``, read before the beginning-of-sequence token. Both results
-    are one-dimensional; padding stands on the right, where a causal model does not see it.
+    ``rows``: float ``[n_tokens, width]``, read before the beginning-of-sequence token. Padding stands
+    on the right, where a causal model does not see it, so that no mask is needed.
     """
     length = max(len(ids) for ids, _ in batch)
     ids = torch.full((len(batch), length), PAD)
@@ -135,10 +136,7 @@ def loss_of(
     hidden = model.model(inputs_embeds=embedded, use_cache=False)[0][:, -length:-1]
     wanted = labels[:, 1:]
     here = wanted != -100
-    losses = torch.nn.functional.cross_entropy(
-        model.lm_head(hidden[here]), wanted[here], reduction="none"
-    )
-    return losses, here.nonzero()[:, 0]
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden[here]), wanted[here])
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:
@@ -148,13 +146,13 @@ def schedule(step: int, steps: int, warmup: int) -> float:
     return 0.05 + 0.475 * (1 + float(np.cos(np.pi * (step - warmup) / max(1, steps - warmup))))
 
 
-def train_model(texts: Sequence[Labelled], seed: int, epochs: int = 1) -> LlamaForCausalLM:
-    """The small causal model, trained on every text ``epochs`` times."""
+def train_model(texts: Sequence[Labelled], seed: int) -> LlamaForCausalLM:
+    """The small causal model, trained on every text once."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     known = {key: value for key, value in CONFIG.items() if key not in ("architectures", "torch_dtype")}
     model = LlamaForCausalLM(LlamaConfig(**known))
-    order = [batch for _ in range(epochs) for batch in batches(texts, 2000, rng)]
+    order = list(batches(texts, BATCH_TOKENS, rng))
     decayed = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
@@ -162,7 +160,7 @@ def train_model(texts: Sequence[Labelled], seed: int, epochs: int = 1) -> LlamaF
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: schedule(s, len(order), 60))
     average = None
     for step, batch in enumerate(order):
-        loss = loss_of(model, batch)[0].mean()
+        loss = loss_of(model, batch)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -208,9 +206,9 @@ def train_rows(
     for _ in range(PROMPT_STEPS):
         batch = next(pending, None)
         if batch is None:
-            pending = batches(texts, 3000, rng)
+            pending = batches(texts, BATCH_TOKENS, rng)
             batch = next(pending)
-        loss = loss_of(model, batch, rows)[0].mean()
+        loss = loss_of(model, batch, rows)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

