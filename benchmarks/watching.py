@@ -6,7 +6,6 @@ Files are written, copied and saved (a temporary sibling, renamed) into a folder
 prompts. Measured from the writer's close, or rename, to the watcher's callback.
 """
 
-import os
 import shutil
 import sys
 import tempfile
@@ -86,7 +85,6 @@ def main() -> None:
             SoftPrompt(np.ones((20, 768), dtype=np.float32)).save(original)
             for index in range(1, files):
                 shutil.copyfile(original, folder / f"{index}.zip")
-            os.sync()
 
             def subscribe(report: Callable[[], None], folder: Path = folder) -> Callable[[], None]:
                 return watch(folder, report).close

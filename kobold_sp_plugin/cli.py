@@ -6,6 +6,7 @@ needs them, so that ``--help`` is quick.
 
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Optional, Tuple
 
@@ -54,7 +55,7 @@ def serve(model: Optional[str], softprompts: Optional[Path], host: str, port: in
     """
     folder = _existing(softprompts or samples_folder())
     try:
-        import simple_websocket  # noqa: F401  (Flask-SocketIO's WebSocket transport; without it there is none)
+        import_module("simple_websocket")  # Flask-SocketIO's transport; without it browsers could only poll
     except ImportError as error:
         raise WrongUse('`serve` needs a WebSocket library: pip install "kobold_sp_plugin[server]"') from error
     from .server.app import Server
@@ -98,7 +99,7 @@ def list_(folder: Optional[Path], model: Optional[str], as_json: bool) -> None:
     from .catalogue import Catalogue
 
     folder = _existing(folder or samples_folder())
-    engine, _keep = _load(model)
+    engine, _keep = _load(model, quiet=True)
     facts = engine.facts()
     entries = Catalogue(folder).entries(facts)
     if as_json:
@@ -142,12 +143,19 @@ def _existing(folder: Path) -> Path:
     return folder
 
 
-def _load(path: Optional[str]) -> Tuple[Any, Any]:
-    """An engine with the model at ``path`` or the demonstration model, and the model, which the caller keeps."""
+def _load(path: Optional[str], quiet: bool = False) -> Tuple[Any, Any]:
+    """An engine with the model at ``path`` or the demonstration model, and the model, which the caller keeps.
+
+    ``quiet``: without the progress bars that transformers writes to the terminal.
+    """
+    from transformers.utils.logging import disable_progress_bar
+
     from .demonstration import MODEL
     from .engines.transformers import TransformersEngine, load_transformers
     from .errors import ModelError
 
+    if quiet or path is None:
+        disable_progress_bar()
     try:
         model, tokenizer, name = load_transformers(path or MODEL)
         return TransformersEngine(model, tokenizer, name if path else "demonstration"), model

@@ -12,7 +12,7 @@ import threading
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import PurePath
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from .errors import SoftPromptError
 from .session import Session
@@ -332,7 +332,7 @@ class _View:
         self.allowed = session.takes_softprompts
         self.usable = [entry for entry in self.status["entries"] if entry["usable"]]
 
-    def old_list(self) -> list:
+    def old_list(self) -> List[Dict[str, Any]]:
         return [
             {**_meta(entry), "filename": html.escape(entry["filename"]), "author": html.escape(entry["author"])}
             for entry in self.usable
@@ -356,7 +356,7 @@ class _View:
             "sp_length": n_tokens,
         }
 
-    def _selected(self) -> list:
+    def _selected(self) -> List[Dict[str, Any]]:
         by_name = {entry["filename"]: entry for entry in self.status["entries"]}
         return [by_name[filename] for filename in self.status["selection"] if filename in by_name]
 

@@ -343,7 +343,8 @@ class Session:
             try:
                 effect: Optional[float] = state.engine.effect(state.softprompts)
             except Exception as error:  # a number that is missing must not stop the story
-                log.warning("The effect of %s could not be measured: %s", _names(state.selected), error)
+                if self._state.engine is state.engine:  # else the model was let go meanwhile
+                    log.warning("The effect of %s could not be measured: %s", _names(state.selected), error)
                 effect = None
             with self._changing():
                 self._effects.setdefault(state.engine, {})[state.content] = effect

@@ -29,7 +29,7 @@ def tokenizer():
 
 @pytest.fixture
 def model():
-    return tiny_model(FAMILY)
+    return tiny_model(FAMILY, eos_token_id=None)  # so that no text ends by chance
 
 
 @pytest.fixture
@@ -102,6 +102,15 @@ def test_the_same_seed_gives_the_same_text_and_leaves_the_process_its_own(engine
 )
 def test_extreme_settings_work(engine, settings):
     assert text_of(engine, **settings)
+
+
+def test_an_end_of_sequence_token_ends_the_text(engine, model, tokenizer):
+    ids = ids_of(model, tokenizer, "The door opened and")
+    at = next(at for at in range(3, 20) if ids[at] not in ids[:at])
+    whole = text_of(engine, **GREEDY)
+    (getattr(model, "generation_config", None) or model.config).eos_token_id = ids[at]
+    ended = text_of(engine, **GREEDY)
+    assert whole.startswith(ended) and 0 < len(ended) < len(whole)
 
 
 def test_sampling_is_said_in_full(engine, model):

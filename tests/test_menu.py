@@ -105,7 +105,8 @@ class TestTable:
     def test_the_table_has_every_event_that_is_sent_and_every_one_that_is_understood(self, host):
         host.menu.connected("a")
         for name, handler in host.menu.handlers.items():
-            for payload in ("", "noir.zip", "absent.zip", 7, {"cmd": "splistrequest"}, {"cmd": "spselect", "data": "x"}):
+            commands = {"cmd": "splistrequest"}, {"cmd": "spselect", "data": "x"}
+            for payload in ("", "noir.zip", "absent.zip", 7, *commands):
                 handler("a", payload)
             handler("a", {"cmd": "sprequest", "data": ""})
             assert name in {event.name for event in EVENTS if event.direction == "in"}

@@ -4,12 +4,11 @@ One mechanism serves every release: a stopping criterion. It sees the ids after 
 text of them, and answers whether to stop; streamers came later than our lowest release.
 """
 
-import logging
-import queue
 import secrets
 import threading
 import weakref
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Dict, Generator, List, Optional, Sequence, Tuple, Union
 
 import torch
@@ -36,6 +35,9 @@ PROBES = (
     "Once",
 )
 """Beginnings that leave open what follows; the effect is measured on them."""
+
+_Piece = Union[str, BaseException, None]
+"""Text; None at the end; or the error that ended it."""
 
 _TAIL = 6
 """Tokens of the prompt that new ones are decoded after: a tokenizer may write a word's space only in context."""
@@ -96,17 +98,20 @@ class TransformersEngine:
         return self._facts
 
     def select(self, softprompts: Sequence[SoftPrompt]) -> None:
-        """Make these, in order, the soft prompts of generations that begin from now on. Raises :class:`WidthMismatch`."""
+        """Make these, in order, the soft prompts of generations that begin from now on.
+
+        Raises :class:`WidthMismatch`; the selection is then what it was.
+        """
         model = self._model()
         if model is not None:
             attach(model).select(softprompts)
 
     def effect(self, softprompts: Sequence[SoftPrompt]) -> float:
         """Mean total-variation distance of the next-token distribution with and without, over ``PROBES``: 0 to 1."""
-        model = self._existing()
-        handle = attach(model)
         distances = []
         with self.lock, torch.no_grad():
+            model = self._existing()  # not before: who waits for the lock must not keep a model alive
+            handle = attach(model)
             for probe in PROBES:
                 ids = torch.tensor([self._ids(probe)], device=model.device)
                 with handle.override():
@@ -145,7 +150,7 @@ class TransformersEngine:
         stop: threading.Event,
     ) -> Generator[str, None, None]:
         """The generation, in a thread of its own that ends before the iterator does."""
-        pieces: "queue.SimpleQueue[Union[str, BaseException, None]]" = queue.SimpleQueue()
+        pieces: SimpleQueue[_Piece] = SimpleQueue()
         closed = threading.Event()
         watcher = _Watcher(text, len(ids), pieces, (stop, closed))
 
@@ -286,7 +291,7 @@ class _Watcher(StoppingCriteria):
         self,
         text: "_Text",
         n_prompt: int,
-        pieces: "queue.SimpleQueue[Union[str, BaseException, None]]",
+        pieces: "SimpleQueue[_Piece]",
         stops: Sequence[threading.Event],
     ):
         self._text = text

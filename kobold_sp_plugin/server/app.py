@@ -132,13 +132,13 @@ class Server:
     def _generate(self, client: str, payload: Any) -> None:
         """Queue a generation for a client; whatever becomes of it, the client is told by its own id."""
         fields = payload if isinstance(payload, dict) else {}
-        own_id = fields.get("id")
+        own_id: Any = fields.get("id")
         theirs = self._generations.get(client, {})
 
         def tell(state: str, text: str = "", position: int = 0, error: str = "") -> None:
+            what = {"id": own_id, "state": state, "text": text, "position": position, "error": error}
             if state in _ENDS:
                 theirs.pop(own_id, None)
-            what = {"id": own_id, "state": state, "text": text, "position": position, "error": error}
             self._emit("generation", what, client)
 
         try:
@@ -199,6 +199,11 @@ class _Quiet(WSGIRequestHandler):
 
     def log_request(self, code: Any = "-", size: Any = "-") -> None:
         pass
+
+    def run_wsgi(self) -> None:
+        super().run_wsgi()
+        if "Upgrade" in self.headers:  # it was a WebSocket: what may still come is no request
+            self.close_connection = True
 
 
 def _client() -> str:

@@ -277,7 +277,9 @@ socket.on("softprompt_error", ({ filename, message }) => {
 
 // ---------------------------------------------------------------------------------------------- the story
 
-let writing = null; // {id, before, state, position} of what is being written; position: how many come before it
+// What is being written: {id, before: the story until then, state, position: how many come first, arrived: text that
+// is not in the story yet}.
+let writing = null;
 let failure = ""; // why the last one ended early
 let fresh = null; // {before, after}: the story before and after the last continuation, while it still ends there
 const past = []; // what Undo brings back: the story before each continuation, newest last
@@ -347,13 +349,14 @@ function submit() {
   if (!byId("controls").reportValidity()) return;
   // A space at the end is one that the continuation brings itself.
   const before = story.value.replace(/ +$/, "") || DEFAULT_OPENING;
-  writing = { id: `${Date.now()}-${Math.random().toString(36).slice(2)}`, before, state: "queued", position: 0 };
+  const id = `${Date.now()}-${Math.random().toString(36).slice(2)}`;
+  writing = { id, before, state: "queued", position: 0, arrived: "" };
   failure = "";
   keep(story.value && before);
   future.length = 0;
   setStory(before, { before, after: before });
   socket.emit("generate", {
-    id: writing.id,
+    id,
     prompt: newestPart(before),
     max_length: byId("max-length").valueAsNumber,
     temperature: byId("temperature").valueAsNumber,
@@ -361,7 +364,17 @@ function submit() {
   render();
 }
 
+/** Puts what has come into the story; once for each frame that is drawn, as a long story takes time to lay out. */
+function append() {
+  if (!writing?.arrived) return;
+  const { before, arrived } = writing;
+  const after = story.value + arrived.replace(/\r\n?/g, "\n"); // as a text box keeps its line ends
+  writing.arrived = "";
+  setStory(after, { before, after });
+}
+
 function finish(problem) {
+  append();
   const { before } = writing;
   writing = null;
   failure = problem;
@@ -415,10 +428,8 @@ function newStory() {
 
 socket.on("generation", ({ id, state, text, position, error }) => {
   if (!writing || writing.id !== id) return;
-  if (text) {
-    const after = story.value + text.replace(/\r\n?/g, "\n"); // as a text box keeps its line ends
-    setStory(after, { before: writing.before, after });
-  }
+  if (text && !writing.arrived) requestAnimationFrame(append);
+  writing.arrived += text || "";
   if (state === "error") return finish(error || "The continuation failed.");
   if (state === "done" || state === "stopped") return finish("");
   // A stop that overtook its own generation on the way has to be said again.

@@ -20,7 +20,6 @@ class SocketClient {
   #retry = 0;
   #answered = new Map(); // what to call when the server has dealt with the event of that number
   #sent = 0;
-  #early = []; // events that a server emits while it is still answering our connect packet
 
   /** True between the server's answer to our connect packet and the loss of the transport. */
   connected = false;
@@ -88,7 +87,6 @@ class SocketClient {
       this.connected = true;
       this.#attempt = 0;
       this.#call("connect");
-      for (const event of this.#early.splice(0)) this.#call(...event);
     } else if (kind === "1" || kind === "4") { // the server ends, or refuses, the session
       this.#lost(this.#transport);
     } else if (kind === "3") {
@@ -96,9 +94,7 @@ class SocketClient {
       this.#answered.get(number)?.();
       this.#answered.delete(number);
     } else if (kind === "2") {
-      const event = JSON.parse(packet.slice(packet.indexOf("[")));
-      if (this.connected) this.#call(...event);
-      else this.#early.push(event);
+      this.#call(...JSON.parse(packet.slice(packet.indexOf("["))));
     }
   }
 
@@ -108,7 +104,6 @@ class SocketClient {
     transport.onmessage = transport.onclose = null;
     transport.close();
     this.#transport = null;
-    this.#early = [];
     this.#answered.clear();
     this.connected = false;
     clearTimeout(this.#deadline);

@@ -1,0 +1,452 @@
+"""The hook in a stand-in host that runs as its own process, and our side of its seams in this one."""
+
+import ast
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flask import Flask
+from flask_socketio import SocketIO
+from models import tiny_model, tiny_tokenizer
+
+from kobold_sp_plugin import SoftPrompt
+from kobold_sp_plugin.errors import HostError, UnknownSoftPrompt
+from kobold_sp_plugin.hosts import koboldai
+
+REPOSITORY = Path(koboldai.__file__).resolve().parents[2]
+HOOK = REPOSITORY / "hooks" / "koboldai"
+STANDIN = Path(__file__).resolve().parent / "standin_koboldai" / "aiserver.py"
+PROMPT = "The door opened and the rain came in."
+START_SECONDS = 50
+
+needs_the_hosts_libraries = pytest.mark.skipif(
+    not all(find_spec(name) for name in ("eventlet", "flask_session")),
+    reason="KoboldAI's libraries (eventlet, flask_session) are not installed",
+)
+
+
+def softprompt(seed, n_tokens=4, width=32, **metadata):
+    rows = np.random.default_rng(seed).normal(size=(n_tokens, width)).astype(np.float32)
+    return SoftPrompt(rows, metadata)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder with a model whose loader patches before it binds `generator`, one the other way round, a narrow one."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, model in {
+        "first": tiny_model("gptj"),
+        "second": tiny_model("gpt2"),
+        "narrow": tiny_model("gpt2", n_embd=16),
+    }.items():
+        model.save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
+    return folder
+
+
+def make_place(place):
+    """The folder that a host runs in."""
+    (place / "softprompts").mkdir()
+    softprompt(1, name="Noir", author="A", description="Rain.").save(place / "softprompts" / "noir.zip")
+    softprompt(2, n_tokens=6, name="Space").save(place / "softprompts" / "space.zip")
+    softprompt(3, width=64).save(place / "softprompts" / "wide.zip")
+    return place
+
+
+class Host:
+    """The stand-in host, running."""
+
+    def __init__(self, place, model, armed=True, **environment):
+        self.place = place
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        start = place / "start"
+        start.mkdir()
+        lines = ["import signal, site, sys", f"signal.alarm({4 * START_SECONDS})"]
+        if armed:  # the folder of the hook's files becomes one in which `.pth` files count
+            lines.append(f"site.addsitedir({str(HOOK)!r})")
+            lines.append("signal.signal(signal.SIGUSR1, lambda *_: sys.modules['kobold_sp_koboldai'].hook.undo())")
+        (start / "sitecustomize.py").write_text("\n".join(lines))
+        self.log = place / "log.txt"
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, str(STANDIN), str(self.port), str(model)],
+                cwd=place,
+                env={
+                    **os.environ,
+                    **environment,
+                    "PYTHONPATH": f"{start}{os.pathsep}{REPOSITORY}",
+                    "OMP_NUM_THREADS": "1",
+                    "EVENTLET_THREADPOOL_SIZE": "1",
+                },
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        end = time.monotonic() + START_SECONDS
+        while not self._listens():
+            assert self.process.poll() is None and time.monotonic() < end, self.log.read_text()
+            time.sleep(0.1)
+
+    def _listens(self):
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait(10)
+
+    def post(self, route, **body):
+        url = f"http://127.0.0.1:{self.port}/api/v1/{route}"
+        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return json.loads(answer.read())
+
+
+class Client:
+    """A browser with the host's old page, as far as its socket goes."""
+
+    def __init__(self, host):
+        import socketio
+
+        self._heard = []
+        self._news = threading.Condition()
+        self._socket = socketio.Client(reconnection=False, handle_sigint=False)
+        self._socket.on("*", self._hear)
+        self._socket.connect(f"http://127.0.0.1:{host.port}", transports=["websocket"], wait_timeout=20)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._socket.eio.disconnect()  # the one that waits for its threads
+
+    def _hear(self, event, payload):
+        with self._news:
+            self._heard.append((event, payload))
+            self._news.notify_all()
+
+    def say(self, command, data=""):
+        """Send a command; what was heard before it is forgotten."""
+        with self._news:
+            self._heard.clear()
+        self._socket.emit("message", {"cmd": command, "data": data})
+
+    def hears(self, command, seconds=20, when=lambda data: True):
+        """The data of the first ``from_server`` of that command, or of our own event of that name."""
+
+        def found():
+            for event, payload in self._heard:
+                name, data = (payload["cmd"], payload.get("data")) if event == "from_server" else (event, payload)
+                if name == command and when(data):
+                    return [data]
+            return []
+
+        with self._news:
+            assert self._news.wait_for(found, seconds), f"no {command}, but {self._heard}"
+            return found()[0]
+
+    def choose(self, filename):
+        """Pick a row of the menu and press its button."""
+        self.say("spselect", filename)
+        self.say("sprequest")
+
+    def select(self, filename):
+        """Choose what can be chosen, and wait until the status line shows it."""
+        self.choose(filename)
+        return self.hears("spstatitems", when=lambda data: list(data) == [filename] * bool(filename))
+
+    def text(self, prompt=PROMPT):
+        self.say("submit", prompt)
+        return self.hears("updatescreen")
+
+
+@pytest.fixture(scope="module")
+def native(models, tmp_path_factory):
+    """What the host writes when nobody has armed it: without a soft prompt, and with its own way of using one."""
+    with Host(make_place(tmp_path_factory.mktemp("native")), models / "first", armed=False) as host, Client(
+        host
+    ) as client:
+        texts = {"": client.text()}
+        for filename in ("noir.zip", "space.zip"):
+            client.choose(filename)
+            texts[filename] = client.text()
+    assert len(set(texts.values())) == 3
+    return texts
+
+
+@pytest.fixture(scope="module")
+def host(models, tmp_path_factory):
+    with Host(make_place(tmp_path_factory.mktemp("armed")), models / "first") as host:
+        yield host
+
+
+@pytest.fixture
+def client(host):
+    """Of a host with nothing selected."""
+    with Client(host) as client:
+        yield client
+        client.choose("")
+        client.text()
+
+
+@needs_the_hosts_libraries
+class TestArmedHost:
+    def test_the_menu_lists_loads_and_unloads_and_the_text_changes(self, client, native):
+        assert client.hears("allowsp") is True
+        client.say("splistrequest")
+        rows = client.hears("buildsp")
+        assert [(row["filename"], row["name"], row["n_tokens"]) for row in rows] == [
+            ("noir.zip", "Noir", 4),
+            ("space.zip", "Space", 6),
+        ]
+        assert client.text() == native[""]
+        assert client.select("noir.zip")["noir.zip"]["n_tokens"] == 4
+        assert client.text() == native["noir.zip"]
+        client.select("space.zip")
+        assert client.text() == native["space.zip"]
+        client.select("")
+        assert client.text() == native[""]
+
+    def test_a_file_that_does_not_fit_is_refused_with_the_reason(self, client, native):
+        client.select("noir.zip")
+        client.choose("wide.zip")
+        assert client.hears("errmsg") == "wide.zip: made for 64 columns, this model has 32"
+        assert client.text() == native["noir.zip"]
+
+    def test_a_new_client_sees_what_is_selected(self, client, host):
+        client.select("noir.zip")
+        with Client(host) as other:
+            assert other.hears("softprompts")["selection"] == ["noir.zip"]
+            assert list(other.hears("spstatitems")) == ["noir.zip"]
+
+    def test_a_dropped_file_reaches_the_client(self, client, host):
+        folder = host.place / "softprompts"
+        client.say("show_nothing_in_particular")
+        softprompt(4, name="Dropped").save(folder / "dropped.zip")
+        (folder / "broken.zip").write_bytes(b"not a zip")
+        started = time.monotonic()
+
+        def has(status, *filenames):
+            return {each["filename"] for each in status["entries"]} >= set(filenames)
+
+        client.hears("softprompts", when=lambda status: has(status, "dropped.zip", "broken.zip"))
+        assert time.monotonic() - started < 2
+        client.say("splistrequest")
+        assert [row["filename"] for row in client.hears("buildsp")] == ["dropped.zip", "noir.zip", "space.zip"]
+        client.select("dropped.zip")
+        (folder / "dropped.zip").unlink()
+        (folder / "broken.zip").unlink()
+        assert client.hears("spstatitems", when=lambda data: data == {}) == {}
+
+    def test_soft_tokens_count_in_the_hosts_own_budget(self, client):
+        client.select("space.zip")
+        assert client.text(PROMPT * 20)
+
+    def test_the_hosts_own_callers_select_through_the_session(self, client, host, native):
+        client.select("space.zip")
+        answer = host.post("generate", prompt=PROMPT, soft_prompt="noir.zip")
+        assert answer["results"][0]["text"] == native["noir.zip"]
+        assert client.text() == native["space.zip"]
+        assert json.loads((host.place / "settings.json").read_text()) == {"softprompt": "space.zip"}
+
+    def test_another_model_keeps_what_fits_it(self, client, models, native):
+        client.say("load_model", str(models / "second"))
+        client.hears("show_model_name")
+        plain = client.text()
+        client.select("noir.zip")
+        changed = client.text()
+        assert changed != plain
+        client.say("load_model", str(models / "first"))
+        client.hears("show_model_name")
+        assert client.text() == native["noir.zip"], "it survives the host's emptying of every tensor"
+        client.say("load_model", str(models / "second"))
+        client.hears("show_model_name")
+        assert client.text() == changed
+        client.say("load_model", str(models / "narrow"))
+        status = client.hears("softprompts", when=lambda status: status["model"] == "narrow")
+        assert status["selection"] == [] and "noir.zip" in status["notice"]
+        assert client.text()
+        client.say("load_model", "ReadOnly")
+        assert client.hears("allowsp") is False
+        client.say("load_model", str(models / "first"))
+        client.hears("show_model_name")
+        client.select("noir.zip")
+        assert client.text() == native["noir.zip"]
+
+
+@needs_the_hosts_libraries
+def test_the_host_is_its_own_again_when_the_hook_is_undone(models, native, tmp_path):
+    place = make_place(tmp_path)
+    (place / "settings.json").write_text('{"softprompt": "noir.zip"}')
+    with Host(place, models / "first") as host, Client(host) as client:
+        assert client.text() == native["noir.zip"], "the host's settings name it"
+        host.process.send_signal(signal.SIGUSR1)
+        assert client.text() == native[""]
+        client.say("splistrequest")
+        rows = client.hears("buildsp")
+        assert {row["filename"] for row in rows} == {"noir.zip", "space.zip"}
+        assert rows[0].keys() == rows[1].keys() | {"author", "description"}, "as the host sends it"
+        client.choose("noir.zip")
+        assert client.text() == native["noir.zip"]
+        assert "Traceback" not in host.log.read_text()
+
+
+@needs_the_hosts_libraries
+def test_a_host_that_lacks_a_seam_starts_untouched(models, native, tmp_path):
+    with Host(make_place(tmp_path), models / "first", STANDIN_LACKS="settingschanged") as host, Client(host) as client:
+        assert client.text() == native[""]
+        client.say("splistrequest")
+        assert "Noir" in [row.get("name") for row in client.hears("buildsp")]
+        lines = [line for line in host.log.read_text().splitlines() if "kobold_sp_plugin" in line]
+    assert len(lines) == 1 and "there is no global named 'settingschanged'" in lines[0]
+
+
+class Globals(dict):
+    """The globals of a host in this process, with Flask-SocketIO in threading mode."""
+
+    def __init__(self):
+        socketio = SocketIO(Flask("host"), async_mode="threading")
+        socketio.on_event("connect", lambda: None)
+        socketio.on_event("message", lambda message: None)
+        self.saved = []
+
+        class Variables:
+            allowsp, sp, sp_length, spfilename, spmeta = False, None, 0, "", None
+
+        def spRequest(filename):
+            raise RuntimeError(filename)
+
+        def patch_causallm(model):
+            self.patched = model
+            return model
+
+        def load_model(model, then=lambda: None):
+            self.update(model=model, generator=None, tokenizer=tiny_tokenizer())
+            Variables.allowsp = True
+            self["patch_causallm"](model)
+            self["generator"] = model.generate
+            then()
+
+        super().__init__(
+            socketio=socketio,
+            vars=Variables,
+            spRequest=spRequest,
+            patch_causallm=patch_causallm,
+            load_model=load_model,
+            _generate=lambda *args: self["generator"](*args),
+            settingschanged=lambda: self.saved.append(Variables.spfilename),
+            getmodelname=lambda: "tiny",
+        )
+
+    def snapshot(self):
+        kept = {name: value for name, value in self.items() if name not in ("model", "generator", "tokenizer")}
+        return kept, dict(self["socketio"].server.handlers["/"])
+
+
+@pytest.fixture
+def in_process(tmp_path, monkeypatch):
+    monkeypatch.chdir(make_place(tmp_path))
+    return Globals()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda host: host.pop("spRequest"), "there is no global named 'spRequest'"),
+        (lambda host: host.pop("vars"), "there is no global named 'vars'"),
+        (lambda host: host.pop("socketio"), "nothing handles the event 'message'"),
+        (lambda host: delattr(host["vars"], "sp_length"), r"there is no vars\.sp_length"),
+        (lambda host: host.update(load_model=None), "load_model is no function"),
+        (lambda host: host.update(spRequest=lambda name, kind: None), r"spRequest takes \(name, kind\), not \(file"),
+        (lambda host: host["socketio"].server.handlers["/"].pop("connect"), "nothing handles the event 'connect'"),
+    ],
+)
+def test_what_a_host_lacks_is_named_and_nothing_is_changed(in_process, spoil, reason):
+    spoil(in_process)
+    before = dict(in_process)
+    with pytest.raises(HostError, match=reason):
+        koboldai.attach(in_process)
+    assert in_process == before
+
+
+def test_undo_leaves_globals_handlers_and_model_as_they_were(in_process):
+    before = in_process.snapshot()
+    model = tiny_model("gptj")
+    attributes = set(vars(model)), set(vars(model.get_input_embeddings()))
+    attachment = koboldai.attach(in_process)
+    in_process["load_model"](model)
+    in_process["spRequest"]("noir.zip")
+    assert (in_process["vars"].spfilename, in_process["vars"].sp_length, in_process["vars"].sp) == ("noir.zip", 4, None)
+    assert not hasattr(in_process, "patched")
+    attachment.undo()
+    assert in_process.snapshot() == before
+    assert (set(vars(model)), set(vars(model.get_input_embeddings()))) == attributes
+    assert in_process.patched is model and in_process["generator"] == model.generate
+    assert (in_process["vars"].spfilename, in_process["vars"].sp_length) == ("", 0)
+
+
+@pytest.fixture
+def attached(in_process):
+    attachment = koboldai.attach(in_process)
+    yield in_process
+    attachment.undo()
+
+
+def test_a_setting_that_names_a_missing_file_does_not_stop_the_loader(attached, caplog):
+    attached["load_model"](tiny_model("gptj"), then=lambda: attached["spRequest"]("gone.zip"))
+    assert "gone.zip" in caplog.text and attached["vars"].allowsp and attached.saved == []
+    with pytest.raises(UnknownSoftPrompt):
+        attached["spRequest"]("gone.zip")
+
+
+def test_a_model_without_embedding_is_loaded_without_soft_prompts(attached, caplog):
+    model = tiny_model("gptj")
+    model.set_input_embeddings(None)
+    attached["load_model"](model)
+    assert attached["model"] is model and attached["vars"].allowsp is False
+    assert "gets no soft prompts" in caplog.text
+
+
+def test_without_a_model_of_ours_the_hosts_own_code_runs(attached):
+    with pytest.raises(RuntimeError, match="noir"):
+        attached["spRequest"]("noir.zip")
+
+
+def test_text_of_a_file_is_escaped_for_the_hosts_page(attached, tmp_path):
+    softprompt(5, name="<b>").save(tmp_path / "softprompts" / "b.zip")
+    attached["load_model"](tiny_model("gptj"))
+    attached["spRequest"]("b.zip ")
+    assert attached["vars"].spmeta["name"] == "&lt;b&gt;"
+    assert attached.saved == ["b.zip"]
+
+
+def test_the_files_that_are_dropped_into_a_host_only_import_and_call():
+    files = {path.name for path in HOOK.iterdir() if path.is_file()}
+    assert files == {"kobold_sp_koboldai.pth", "kobold_sp_koboldai.py"}
+    assert (HOOK / "kobold_sp_koboldai.pth").read_text() == "import kobold_sp_koboldai\n"
+    docstring, imported, called = ast.parse((HOOK / "kobold_sp_koboldai.py").read_text()).body
+    assert isinstance(docstring.value, ast.Constant)
+    assert isinstance(imported, ast.ImportFrom) and isinstance(called.value, ast.Call)
+
+
+def test_arming_imports_nothing_heavy():
+    code = (
+        f"import sys; sys.path[:0] = [{str(REPOSITORY)!r}, {str(HOOK)!r}]\n"
+        "import kobold_sp_koboldai as ours; print(*sys.modules); ours.hook.undo()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, timeout=30)
+    assert not {"numpy", "torch", "flask", "socketio", "watchdog"} & set(done.stdout.decode().split())
