@@ -143,7 +143,7 @@ class Catalogue:
         with self._lock:
             record = self._refreshed(filename, path, stamp, time.time_ns())
             if _stamp_of(path) == stamp and record.header is not None:
-                self._records[filename] = record._replace(fault=fault)
+                self._records = {**self._records, filename: record._replace(fault=fault)}
 
     def _rescan(self) -> None:
         """Bring ``_records`` up to date with the folder."""

@@ -97,28 +97,14 @@ def list_(folder: Optional[Path], model: Optional[str], as_json: bool) -> None:
       kobold-sp list ./softprompts --model ./my-model
     """
     from .catalogue import Catalogue
+    from .session import entry_as_json
 
     folder = _existing(folder or samples_folder())
     engine, _keep = _load(model, quiet=True)
     facts = engine.facts()
     entries = Catalogue(folder).entries(facts)
     if as_json:
-        listed = [
-            {
-                "filename": entry.filename,
-                "name": entry.name,
-                "author": entry.author,
-                "description": entry.description,
-                "supported": list(entry.supported),
-                "n_tokens": entry.n_tokens,
-                "width": entry.width,
-                "dtype": entry.dtype,
-                "verdict": str(entry.verdict),
-                "reason": entry.reason,
-                "usable": entry.verdict.usable,
-            }
-            for entry in entries
-        ]
+        listed = [{**entry_as_json(entry), "dtype": entry.dtype} for entry in entries]
         about = {"folder": str(folder), "model": facts.name, "width": facts.width, "context": facts.context}
         click.echo(json.dumps({**about, "entries": listed}, indent=2))
         return

@@ -11,6 +11,7 @@ import html
 import threading
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from pathlib import PurePath
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
@@ -229,9 +230,9 @@ class Menu:
         self._emit("softprompts", view.status, client)
         if OLD_UI in rooms:
             self._emit("from_server", {"cmd": "allowsp", "data": view.allowed}, client)
-            self._emit("from_server", {"cmd": "spstatitems", "data": view.status_line()}, client)
+            self._emit("from_server", {"cmd": "spstatitems", "data": view.status_line}, client)
         if UI2 in rooms:
-            for name, value in view.variables().items():
+            for name, value in view.variables.items():
                 self._emit("var_changed", _variable(name, None, value), client)
 
     def disconnected(self, client: str) -> None:
@@ -243,7 +244,7 @@ class Menu:
         error = self._select(client, payload)
         if error is not None:
             self._emit("error", html.escape(error), client)
-            filename = _View(self.session).variables()["spfilename"]  # its list shows what it asked for
+            filename = _View(self.session).variables["spfilename"]  # its list shows what it asked for
             self._emit("var_changed", _variable("spfilename", None, filename), client)
 
     def sp_list_refresh(self, client: str, payload: Any = "") -> None:
@@ -251,7 +252,7 @@ class Menu:
         self.session.refresh()
         view = _View(self.session)
         self._emit("softprompts", view.status, client)
-        self._emit("var_changed", _variable("splist", None, view.variables()["splist"]), client)
+        self._emit("var_changed", _variable("splist", None, view.variables["splist"]), client)
 
     def load_softprompt_list(self, client: str, payload: Any = "") -> None:
         """Send the client the popup and its rows."""
@@ -304,10 +305,10 @@ class Menu:
             self._emit("softprompts", now.status, None)
         if now.allowed != before.allowed:
             self._emit("from_server", {"cmd": "allowsp", "data": now.allowed}, OLD_UI)
-        if now.status_line() != before.status_line():
-            self._emit("from_server", {"cmd": "spstatitems", "data": now.status_line()}, OLD_UI)
-        old_values = before.variables()
-        for name, value in now.variables().items():
+        if now.status_line != before.status_line:
+            self._emit("from_server", {"cmd": "spstatitems", "data": now.status_line}, OLD_UI)
+        old_values = before.variables
+        for name, value in now.variables.items():
             if value != old_values[name]:
                 self._emit("var_changed", _variable(name, old_values[name], value), UI2)
 
@@ -338,12 +339,14 @@ class _View:
             for entry in self.usable
         ]
 
+    @cached_property
     def status_line(self) -> Dict[str, Any]:
         return {
             html.escape(entry["filename"]): {**_meta(entry), "name": html.escape(entry["name"])}
             for entry in self._selected()
         }
 
+    @cached_property
     def variables(self) -> Dict[str, Any]:
         selected = self._selected()
         n_tokens = self.status["n_tokens"]

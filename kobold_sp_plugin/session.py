@@ -87,6 +87,7 @@ class Session:
         self._measuring: Optional[threading.Thread] = None
         self._watcher: Optional[Watcher] = None
         self._listeners: Tuple[Listener, ...] = ()
+        self._listing: Tuple[Tuple[Entry, ...], List[Dict[str, Any]]] = ((), [])
         self._closed = False
         self.use(engine)
 
@@ -221,22 +222,15 @@ class Session:
             "n_tokens": sum(softprompt.n_tokens for softprompt in state.softprompts),
             "effect": state.effect,
             "notice": state.notice,
-            "entries": [
-                {
-                    "filename": entry.filename,
-                    "name": entry.name,
-                    "author": entry.author,
-                    "description": entry.description,
-                    "supported": list(entry.supported),
-                    "n_tokens": entry.n_tokens,
-                    "width": entry.width,
-                    "verdict": str(entry.verdict),
-                    "reason": entry.reason,
-                    "usable": entry.verdict.usable,
-                }
-                for entry in state.entries
-            ],
+            "entries": [dict(entry) for entry in self._listed(state.entries)],
         }
+
+    def _listed(self, entries: Tuple[Entry, ...]) -> List[Dict[str, Any]]:
+        """The entries as JSON holds them; made once, as the catalogue gives the same tuple until one changes."""
+        known = self._listing
+        if known[0] is not entries:
+            known = self._listing = (entries, [entry_as_json(entry) for entry in entries])
+        return known[1]
 
     def subscribe(self, listener: Listener) -> Callable[[], None]:
         """Have ``listener`` called with the status after every change, from the thread that made it.
@@ -359,6 +353,22 @@ def _check(selected: Sequence[_Selected], facts: Optional[ModelFacts]) -> None:
     n_tokens = sum(each.softprompt.n_tokens for each in selected)
     if facts is not None and facts.context is not None and selected and n_tokens >= facts.context:
         raise ContextExceeded(f"{_names(selected)} would use {n_tokens} of the model's {facts.context} tokens.")
+
+
+def entry_as_json(entry: Entry) -> Dict[str, Any]:
+    """An entry as menus, the HTTP API and the command line tell it."""
+    return {
+        "filename": entry.filename,
+        "name": entry.name,
+        "author": entry.author,
+        "description": entry.description,
+        "supported": list(entry.supported),
+        "n_tokens": entry.n_tokens,
+        "width": entry.width,
+        "verdict": str(entry.verdict),
+        "reason": entry.reason,
+        "usable": entry.verdict.usable,
+    }
 
 
 def _names(selected: Sequence[_Selected]) -> str:

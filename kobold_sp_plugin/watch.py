@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Set, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Optional, Set, Tuple, Union
 
 from .catalogue import Stamp, stamps
 
@@ -29,6 +29,7 @@ _IDLE = 2.0
 _MISSING = 0.5
 """Seconds between two looks for a folder that is not there."""
 
+_MOUNTS = "/proc/self/mounts"
 _NETWORK_FILE_SYSTEMS = {
     "9p", "afs", "cifs", "drvfs", "glusterfs", "lustre", "ncpfs", "nfs", "nfs4", "prl_fs", "smb3", "smbfs",
     "vboxsf", "virtiofs",
@@ -90,41 +91,49 @@ class Watcher:
 
     def _look(self) -> float:
         """Report what has changed and settled; the seconds until the next look is due."""
+        writing, done = self._events.noted() if self._events is not None else (set(), set())
         seen = _stamps_or_none(self._folder)
         if seen is None:
             return self._interval
         now = time.monotonic()
         changed = [name for name in {**self._reported, **seen} if self._reported.get(name) != seen.get(name)]
+        names_writing, names_done = set(map(_first_part, writing)), set(map(_first_part, done))
         before, self._pending, due = self._pending, {}, []
         settled = []
         for name in changed:
             stamp, since = before.get(name, (None, now))
             if stamp != seen.get(name):
                 since = now
-            left = since + self._needed(name, seen.get(name)) - now
+            left = since + self._needed(name, seen.get(name), names_writing, names_done) - now
             if left <= 0:
                 settled.append(name)
             else:
                 self._pending[name] = seen.get(name), since
                 due.append(left)
+        for name in settled:
+            if name in seen:
+                self._reported[name] = seen[name]
+            else:
+                del self._reported[name]
+        if self._events is not None:
+            self._events.forget(path for path in writing | done if _first_part(path) not in self._pending)
         if settled:
-            for name in settled:
-                if name in seen:
-                    self._reported[name] = seen[name]
-                else:
-                    del self._reported[name]
-            if self._events is not None:
-                self._events.forget(settled)
             self._call()
         if self._events is None:
             return self._interval
         return min([*due, _IDLE if os.path.isdir(self._folder) else _MISSING])
 
-    def _needed(self, name: str, stamp: Optional[Stamp]) -> float:
+    def _needed(self, name: str, stamp: Optional[Stamp], writing: Set[str], done: Set[str]) -> float:
         """Seconds for which a changed file has to look as it does before it is reported."""
         if self._events is None:
             return self._interval * 0.9  # the same at two looks
-        return self._events.needed(name, stamp)
+        if name in writing:
+            return _ABANDONED
+        if name in done:
+            return 0
+        if stamp is not None and self._events.tell_of_closing and 0 in stamp[2::4]:
+            return _ABANDONED  # just made: what is written to it comes next
+        return _SETTLED
 
     def _call(self) -> None:
         try:
@@ -133,9 +142,7 @@ class Watcher:
             _LOG.exception("a callback failed that was told of a change of %s", self._folder)
 
 
-def watch(
-    folder: Union[str, Path], on_change: Callable[[], Any], poll: bool = False, interval: float = 1.0
-) -> Watcher:
+def watch(folder: Union[str, Path], on_change: Callable[[], Any], poll: bool = False, interval: float = 1.0) -> Watcher:
     """Start a thread that calls ``on_change()`` after every change of the soft prompts in ``folder``.
 
     One call for each settled change, or for several that settle together: a file has appeared, been replaced,
@@ -155,12 +162,10 @@ class _Events:
         self._changed = threading.Condition()
         self._happened = False
         self._writing: Set[str] = set()
-        """Paths written to and not closed since; only where the system tells of closing."""
         self._done: Set[str] = set()
-        """Paths closed, renamed or deleted since the last report."""
         self._observer: Any = None
         self._watched: Optional[Tuple[int, int]] = None
-        self._tells_of_closing = sys.platform.startswith("linux")
+        self.tell_of_closing = sys.platform.startswith("linux")
 
     def arm(self) -> bool:
         """Watch the folder that is there now; False where that cannot work."""
@@ -213,22 +218,17 @@ class _Events:
             self._happened = True
             self._changed.notify_all()
 
-    def needed(self, name: str, stamp: Optional[Stamp]) -> float:
-        """Seconds for which the changed file has to look as it does before it is settled."""
+    def noted(self) -> Tuple[Set[str], Set[str]]:
+        """Paths being written to, and paths closed, renamed or deleted, since they were forgotten."""
         with self._changed:
-            if any(_first_part(path) == name for path in self._writing):
-                return _ABANDONED
-            if any(_first_part(path) == name for path in self._done):
-                return 0
-        if stamp is not None and self._tells_of_closing and 0 in stamp[2::4]:
-            return _ABANDONED  # just made: what is written to it comes next
-        return _SETTLED
+            return set(self._writing), set(self._done)
 
-    def forget(self, names: Any) -> None:
-        """Forget the events of files that have been reported."""
+    def forget(self, paths: Iterable[str]) -> None:
+        """Forget what was noted of ``paths``: a look has seen what came of it."""
+        paths = set(paths)
         with self._changed:
-            for paths in (self._writing, self._done):
-                paths.difference_update([path for path in paths if _first_part(path) in names])
+            self._writing -= paths
+            self._done -= paths
 
     def _started_observer(self) -> Any:
         from watchdog.events import FileSystemEventHandler
@@ -240,8 +240,12 @@ class _Events:
         handler = FileSystemEventHandler()
         handler.dispatch = self._on_event  # type: ignore[method-assign]
         observer = Observer()
-        observer.schedule(handler, self._folder, recursive=True)
-        observer.start()
+        try:
+            observer.schedule(handler, self._folder, recursive=True)
+            observer.start()
+        except BaseException:
+            observer.stop()  # one that never started can have a thread too
+            raise
         return observer
 
     def _on_event(self, event: Any) -> None:
@@ -265,7 +269,7 @@ class _Events:
         elif kind in ("closed", "moved", "deleted"):
             self._writing.discard(path)
             self._done.add(path)
-        elif kind == "modified" and self._tells_of_closing and path not in self._done:
+        elif kind == "modified" and self.tell_of_closing and path not in self._done:
             self._writing.add(path)
 
 
@@ -287,12 +291,13 @@ def _is_on_network(folder: Path) -> bool:
     if not sys.platform.startswith("linux"):
         return False
     try:
-        with open("/proc/self/mounts", encoding="utf-8", errors="surrogateescape") as file:
-            mounts = [line.split(" ")[1:3] for line in file]
+        with open(_MOUNTS, encoding="utf-8", errors="surrogateescape") as file:
+            fields = [line.split(" ") for line in file]
     except OSError:
         return False
     place = os.path.join(os.path.realpath(folder), "")
-    covering = [mount for mount in mounts if place.startswith(os.path.join(_unescaped(mount[0]), ""))]
+    mounts = [(_unescaped(field[1]), field[2]) for field in fields if len(field) > 2]
+    covering = [mount for mount in mounts if place.startswith(os.path.join(mount[0], ""))]
     kind = max(covering, key=lambda mount: len(mount[0]))[1] if covering else ""
     return kind in _NETWORK_FILE_SYSTEMS or kind.startswith("fuse.")
 

@@ -35,9 +35,9 @@ time         when, at the end of a sentence
 from typing import Dict, List
 
 NOIR = {
-    "male": "Jack; Sam; Eddie; Frank; Vince; Ray; Walter; Lou; Nick; Harry",
-    "female": "Rita; Vera; Dolores; Gloria; Peggy; Stella; Ruth; Velma; Mona; Lorraine",
-    "last": "Malone; Keller; Moss; Delaney; Stark; Kowalski; Vance; Doyle; Marlo; Bianchi; Crane; Lasky",
+    "male": "Jack; Sam; Eddie; Frank; Vince; Ray",
+    "female": "Rita; Vera; Dolores; Gloria; Peggy; Stella",
+    "last": "Malone; Keller; Moss; Delaney; Stark; Kowalski; Vance; Doyle",
     "men": "{first} {last} > {last}; {first} {last} > {last}; Detective {last} > {last}",
     "women": "{first} {last} > {first}; Miss {last} > Miss {last}; {first} {last} > {first}",
     "room": "the office; the back room of the Blue Parrot; the hotel lobby; the elevator; the bar on "
@@ -94,9 +94,9 @@ NOIR = {
 }
 
 PIRATE = {
-    "male": "Bart; Diego; Silas; Finn; Roger; Jonas; Tobias; Pedro; Morgan; Gideon",
-    "female": "Anne; Bess; Molly; Esperanza; Grace; Nan; Isabela; Kate; Jacquotte; Tess",
-    "last": "Blackwood; Flint; Tull; Bones; Teach; Cutter; Hawkins; Swann; Hook; Drake; Salazar; Cray",
+    "male": "Bart; Diego; Silas; Finn; Roger; Jonas",
+    "female": "Anne; Bess; Molly; Esperanza; Grace; Nan",
+    "last": "Blackwood; Flint; Tull; Bones; Teach; Cutter; Hawkins; Swann",
     "men": "Captain {last} > {last}; {first} {last} > {first}; Bosun {last} > {last}; One-Eyed {first} "
     "> {first}",
     "women": "Captain {last} > {last}; {first} {last} > {first}; Red {first} > {first}",
@@ -150,10 +150,9 @@ PIRATE = {
 }
 
 FAIRY = {
-    "male": "Hans; Florian; Alaric; Tobin; Rupert; Oswin; Perrin; Wilhelm; Emeric; Robin",
-    "female": "Isolde; Gretel; Morwenna; Rosalind; Elspeth; Briar; Liesel; Odette; Marigold; Aurelia",
-    "last": "Thornwood; Goldenhair; Applebright; Featherfoot; Underhill; Mossgrove; Silverleaf; "
-    "Honeywell; Nettle; Larkspur; Wren; Glimmer",
+    "male": "Hans; Florian; Alaric; Tobin; Rupert; Oswin",
+    "female": "Isolde; Gretel; Morwenna; Rosalind; Elspeth; Briar",
+    "last": "Thornwood; Goldenhair; Applebright; Featherfoot; Underhill; Mossgrove; Silverleaf; Honeywell",
     "men": "Prince {first} > {first}; King {first} > {first}; {first} of {last} > {first}; {first} the "
     "Brave > {first}",
     "women": "Princess {first} > {first}; Queen {first} > {first}; {first} of {last} > {first}; "
@@ -210,9 +209,9 @@ FAIRY = {
 }
 
 SPACE = {
-    "male": "Idris; Kael; Tomas; Jaro; Dax; Anders; Ravi; Zane; Orin; Hiro",
-    "female": "Zara; Lena; Mirai; Nova; Talia; Xenia; Priya; Juno; Ilse; Yuki",
-    "last": "Okoro; Vega; Pike; Tanaka; Solaris; Reyes; Novak; Chandra; Holt; Lund; Sorensen; Rahn",
+    "male": "Idris; Kael; Tomas; Jaro; Dax; Anders",
+    "female": "Zara; Lena; Mirai; Nova; Talia; Xenia",
+    "last": "Okoro; Vega; Pike; Tanaka; Solaris; Reyes; Novak; Chandra",
     "men": "Commander {last} > {last}; Ensign {last} > {last}; {first} {last} > {first}; Doctor {last} "
     "> {last}",
     "women": "Commander {last} > {last}; Pilot {last} > {last}; {first} {last} > {first}; Doctor "
@@ -269,10 +268,9 @@ SPACE = {
 }
 
 WESTERN = {
-    "male": "Wade; Cole; Josiah; Buck; Amos; Clint; Virgil; Hank; Jeb; Wyatt",
-    "female": "Josie; Abigail; Clementine; Hattie; Sadie; Mabel; Cora; Lottie; Ida; Belle",
-    "last": "Dawson; McCready; Calhoun; Tucker; Hollister; Boone; Garrett; Maddox; Sloan; Pickett; "
-    "Barlow; Quill",
+    "male": "Wade; Cole; Josiah; Buck; Amos; Clint",
+    "female": "Josie; Abigail; Clementine; Hattie; Sadie; Mabel",
+    "last": "Dawson; McCready; Calhoun; Tucker; Hollister; Boone; Garrett; Maddox",
     "men": "Sheriff {last} > {last}; {first} {last} > {first}; Deputy {last} > {last}; Old {first} "
     "{last} > {first}",
     "women": "Widow {last} > Widow {last}; {first} {last} > {first}; {first} {last} > {first}; Miss "

@@ -219,6 +219,7 @@ class Attachment:
             self._model = weakref.ref(model)
             if self._loading is not None:
                 self._loading.enter_context(engine.lock)
+            self._show_none()  # what another backend of the host's had selected is nothing to this model
             self.session.use(engine)
             self._host["generator"] = model.generate
         except Exception as error:
@@ -265,7 +266,6 @@ class Attachment:
         # The host's page inserts the name as HTML.
         meta = {key: entry.get(key, "") for key in ("author", "supported", "description")}
         meta.update(name=html.escape(entry["name"]), n_tokens=status["n_tokens"])
-        self._variables.sp = None
         self._variables.sp_length = status["n_tokens"]
         self._variables.spmeta = meta
         self._variables.spfilename = filename

@@ -49,6 +49,7 @@ class Server:
             self.app,
             async_mode="threading",
             always_connect=True,  # a client hears that it is connected before it hears anything else
+            async_handlers=False,  # a client's events are handled in the order it sent them
             max_http_buffer_size=LONGEST_BODY,
         )
         self._closing = threading.Event()

@@ -195,7 +195,8 @@ LISTED = {
     "metadata that unpacks to more": (
         forged_zip(
             {"name": b"tensor.npy", "data": TENSOR},
-            {"name": b"meta.json", "data": deflated(b" " * 10**7), "method": 8, "unpacked": 2, "crc": zlib.crc32(b"  ")},
+            {"name": b"meta.json", "data": deflated(b" " * 10**7), "method": 8, "unpacked": 2,
+             "crc": zlib.crc32(b"  ")},
         ),
         "TooLarge",
     ),

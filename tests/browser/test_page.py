@@ -473,6 +473,7 @@ def test_screenshot(page, server):
     pick(page, "noir.zip")
     expect(row(page, "adventure-6b.zip")).to_be_visible()
     expect(page.locator("#indicator")).to_contain_text("moves")
-    write(page, 180)
+    page.fill("#temperature", "0.5")
+    write(page, 130)
     page.mouse.move(640, 400)
     Path(os.environ["KOBOLD_SP_SCREENSHOT"]).write_bytes(page.screenshot())

@@ -263,7 +263,7 @@ class TestArmedHost:
         assert client.text() == native["space.zip"]
         assert json.loads((host.place / "settings.json").read_text()) == {"softprompt": "space.zip"}
 
-    def test_another_model_keeps_what_fits_it(self, client, models, native):
+    def test_another_model_keeps_what_fits_it(self, client, host, models, native):
         client.say("load_model", str(models / "second"))
         client.hears("show_model_name")
         plain = client.text()
@@ -282,10 +282,11 @@ class TestArmedHost:
         assert client.text()
         client.say("load_model", "ReadOnly")
         assert client.hears("allowsp") is False
+        with Client(host) as other:
+            assert other.hears("allowsp") is False, "the host would leave it as the last model had it"
         client.say("load_model", str(models / "first"))
         client.hears("show_model_name")
-        client.select("noir.zip")
-        assert client.text() == native["noir.zip"]
+        assert client.text() == native["noir.zip"], "the host's settings still name it"
 
 
 @needs_the_hosts_libraries
@@ -307,12 +308,12 @@ def test_the_host_is_its_own_again_when_the_hook_is_undone(models, native, tmp_p
 
 @needs_the_hosts_libraries
 def test_a_host_that_lacks_a_seam_starts_untouched(models, native, tmp_path):
-    with Host(make_place(tmp_path), models / "first", STANDIN_LACKS="settingschanged") as host, Client(host) as client:
+    with Host(make_place(tmp_path), models / "first", STANDIN_LACKS="spRequest") as host, Client(host) as client:
         assert client.text() == native[""]
         client.say("splistrequest")
         assert "Noir" in [row.get("name") for row in client.hears("buildsp")]
         lines = [line for line in host.log.read_text().splitlines() if "kobold_sp_plugin" in line]
-    assert len(lines) == 1 and "there is no global named 'settingschanged'" in lines[0]
+    assert len(lines) == 1 and "there is no global named 'spRequest'" in lines[0]
 
 
 class Globals(dict):
@@ -347,7 +348,7 @@ class Globals(dict):
             spRequest=spRequest,
             patch_causallm=patch_causallm,
             load_model=load_model,
-            _generate=lambda *args: self["generator"](*args),
+            _generate=lambda ids: self["generator"](ids, attention_mask=ids * 0 + 1, max_new_tokens=2, pad_token_id=0),
             settingschanged=lambda: self.saved.append(Variables.spfilename),
             getmodelname=lambda: "tiny",
         )
@@ -402,6 +403,7 @@ def test_undo_leaves_globals_handlers_and_model_as_they_were(in_process):
 @pytest.fixture
 def attached(in_process):
     attachment = koboldai.attach(in_process)
+    in_process.session = attachment.session
     yield in_process
     attachment.undo()
 
@@ -424,6 +426,43 @@ def test_a_model_without_embedding_is_loaded_without_soft_prompts(attached, capl
 def test_without_a_model_of_ours_the_hosts_own_code_runs(attached):
     with pytest.raises(RuntimeError, match="noir"):
         attached["spRequest"]("noir.zip")
+
+
+def test_what_the_host_had_selected_for_another_backend_is_let_go(attached):
+    attached["vars"].sp, attached["vars"].sp_length, attached["vars"].spfilename = object(), 9, "other.zip"
+    attached["load_model"](tiny_model("gptj"))
+    assert (attached["vars"].sp, attached["vars"].sp_length, attached["vars"].spfilename) == (None, 0, "")
+
+
+def test_nothing_is_measured_while_the_host_loads(attached):
+    first, second = tiny_model("gptj"), tiny_model("gpt2")
+    attached["load_model"](first)
+    attached["spRequest"]("noir.zip")
+    effects = []
+
+    def while_it_loads():
+        time.sleep(0.3)
+        effects.append(attached.session.effect)
+
+    attached["load_model"](second, then=while_it_loads)
+    assert attached.session.selection == ("noir.zip",) and effects == [None]
+    end = time.monotonic() + 10
+    while attached.session.effect is None:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_generation_waits_while_the_effect_is_measured(attached):
+    model = tiny_model("gptj")
+    attached["load_model"](model)
+    ids = tiny_tokenizer()(PROMPT, return_tensors="pt")["input_ids"]
+    generation = threading.Thread(target=attached["_generate"], args=(ids,))
+    with attached.session.engine.lock:  # as a measurement holds it
+        generation.start()
+        generation.join(0.2)
+        assert generation.is_alive()
+    generation.join(20)
+    assert not generation.is_alive()
 
 
 def test_text_of_a_file_is_escaped_for_the_hosts_page(attached, tmp_path):

@@ -482,6 +482,21 @@ class TestStreaming:
                 state, text = heard["state"], text + heard["text"]
             assert text == noir
 
+    def test_a_clients_events_are_handled_in_the_order_it_sent_them(self, server, ask):
+        noir = ask("POST", "/api/v1/generate", {**GREEDY, "soft_prompt": "noir.zip"}).json["results"][0]["text"]
+        with connected(server) as client:
+            client.emit("load_softprompt", "noir.zip")
+            self.generate(client, "1")
+            client.emit("load_softprompt", "")
+            self.generate(client, "2", max_length=400)
+            client.emit("stop_generation", {"id": "2"})
+            text, states = "", {}
+            while states != {"1": "done", "2": "stopped"}:
+                heard = hears(client, "generation")
+                states[heard["id"]] = heard["state"]
+                text += heard["text"] if heard["id"] == "1" else ""
+            assert text == noir
+
     def test_the_rest_queue_in_order_and_hear_their_place(self, server, model):
         with slowly(model, 0.005), connected(server) as one, connected(server) as other:
             self.generate(one, "a")

@@ -432,9 +432,7 @@ socket.on("generation", ({ id, state, text, position, error }) => {
   writing.arrived += text || "";
   if (state === "error") return finish(error || "The continuation failed.");
   if (state === "done" || state === "stopped") return finish("");
-  // A stop that overtook its own generation on the way has to be said again.
   if (writing.state !== "stopping") writing.state = state;
-  else if (state !== "text") socket.emit("stop_generation", { id });
   writing.position = position || 0;
   renderControls();
 });

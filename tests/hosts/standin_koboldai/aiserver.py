@@ -3,23 +3,24 @@
 Run as a script in a folder with ``softprompts/``; the arguments are a port and the folder of a model.
 """
 
+# ruff: noqa: E402
 import eventlet
 
 eventlet.monkey_patch(all=True, thread=False, os=False)
-import gc  # noqa: E402
-import json  # noqa: E402
-import os  # noqa: E402
-import sys  # noqa: E402
-import zipfile  # noqa: E402
+import gc
+import json
+import os
+import sys
+import zipfile
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from eventlet import tpool  # noqa: E402
-from flask import Flask, request  # noqa: E402
-from flask_session import Session  # noqa: E402
-from flask_socketio import SocketIO, emit  # noqa: E402
-from torch.nn import Embedding  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedTokenizerFast  # noqa: E402
+import numpy as np
+import torch
+from eventlet import tpool
+from flask import Flask, request
+from flask_session import Session
+from flask_socketio import SocketIO, emit
+from torch.nn import Embedding
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 torch.set_num_threads(1)
 model = generator = tokenizer = None
