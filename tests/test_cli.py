@@ -122,6 +122,14 @@ class TestList:
         assert "noir.zip" in run("list", "--model", model_folder).output
 
 
+    def test_nothing_named_means_the_samples_and_the_demonstration_model(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        listed = json.loads(run("list", "--json").output)
+        assert listed["model"] == "demonstration"
+        assert "noir.zip" in [each["filename"] for each in listed["entries"]]
+        assert {each["verdict"] for each in listed["entries"]} == {"compatible"}
+
+
 class TestServe:
     def test_it_says_where_answers_and_ends_on_an_interrupt(self, folder, model_folder):
         with serving("--model", model_folder, "--softprompts", folder) as (url, said, process):

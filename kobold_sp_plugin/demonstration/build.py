@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ..compatibility import fingerprint
 from ..softprompt import OWN_KEY, SoftPrompt
 from . import MODEL
-from .grammar import GENRES, mix, story
+from .grammar import GENRES, SEPARATOR, mix, story
 from .lexicon import LEXICON, NAMES
 
 BOS, EOS, PAD = 0, 1, 2
@@ -29,8 +29,10 @@ CONTEXT = 1024  # tokens
 N_ROWS = 20
 BATCH_TOKENS = 2000
 SHORT = 160  # tokens of a text's beginning
-PROMPT_STEPS = 120
-PROMPT_STORIES = 800
+PROMPT_STEPS = 240
+PROMPT_STORIES = 1000
+PROMPT_BATCH_TOKENS = 1200
+PROMPT_LIMIT = 192  # tokens of a text
 
 # Written as they stand: plain keys that every release of transformers with Llama reads. The file is
 # stored in float16; declaring float32 keeps releases that obey the declaration from computing in
@@ -102,12 +104,12 @@ def train_tokenizer(texts: Sequence[str]) -> Tokenizer:
     return tokenizer
 
 
-def labelled(tokenizer: Tokenizer, text: str, given: str = "") -> Labelled:
-    """A text to learn, after a text that is ``given`` and not to be learned; cut to the context."""
+def labelled(tokenizer: Tokenizer, text: str, given: str = "", limit: int = CONTEXT) -> Labelled:
+    """A text to learn, after a text that is ``given`` and not to be learned; cut to ``limit`` tokens."""
     before = tokenizer.encode(given).ids
     after = [*tokenizer.encode(text, add_special_tokens=False).ids, EOS]
     labels = [-100] * len(before) + after
-    return (before + after)[: CONTEXT - N_ROWS], labels[: CONTEXT - N_ROWS]
+    return (before + after)[:limit], labels[:limit]
 
 
 def batches(texts: Sequence[Labelled], tokens: int, rng: random.Random) -> Iterator[List[Labelled]]:
@@ -208,40 +210,45 @@ def train_model(texts: Sequence[Labelled], names: Sequence[int], seed: int) -> L
 
 
 def genre_texts(tokenizer: Tokenizer, genre: str, count: int, seed: int) -> List[Labelled]:
-    """What a soft prompt learns from: whole stories of the genre, and stories that turn to it.
+    """What a soft prompt learns from: beginnings of stories of the genre, and of stories that turn to it.
 
-    Of the latter only the part after the turn is learned. So the soft prompt also learns to lead a
-    story into its genre that began in another one.
+    Of the latter, the paragraph before the turn is given and only the rest is learned. So the soft
+    prompt also learns to lead a story into its genre that began in another one.
     """
     rng = random.Random(f"soft prompt:{genre}:{seed}")
     others = [other for other in GENRES if other != genre]
     result = []
     for number in range(count):
-        if number % 5 < 3:
-            result.append(labelled(tokenizer, story(genre, rng).text))
+        if number % 5:
+            text, given = story(genre, rng).text, ""
         else:
-            given = story(rng.choice(others), rng, turns_to=genre)
-            turn = len(given.text) - len(given.part(genre))
-            result.append(labelled(tokenizer, given.text[turn:], given.text[:turn]))
+            turning = story(rng.choice(others), rng, turns_to=genre)
+            before = turning.paragraphs[turning.genres.index(genre) - 1]
+            text, given = turning.part(genre), before + SEPARATOR
+        result.append(labelled(tokenizer, text, given, PROMPT_LIMIT))
     return result
 
 
 def train_rows(
     model: LlamaForCausalLM, texts: Sequence[Labelled], seed: int
 ) -> np.ndarray:
-    """A soft prompt for ``texts``: float32 ``[N_ROWS, width]``, by a plain loop of Adam."""
+    """A soft prompt for ``texts``: float32 ``[N_ROWS, width]``, by a plain loop of Adam.
+
+    It begins as the words of one of the texts: closer to the genre, and less harm to begin with, than
+    random rows of the matrix.
+    """
     torch.manual_seed(seed)
     rng = random.Random(seed)
     model.requires_grad_(False)
-    matrix = model.get_input_embeddings().weight
-    rows = matrix[torch.randperm(len(matrix))[:N_ROWS]].clone().requires_grad_(True)
+    first = torch.tensor(texts[1][0][1 : N_ROWS + 1])  # after the beginning-of-sequence token
+    rows = model.get_input_embeddings()(first).clone().requires_grad_(True)
     optimizer = torch.optim.Adam([rows], lr=3e-2)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: schedule(s, PROMPT_STEPS, 10))
     pending: Iterator[List[Labelled]] = iter(())
     for _ in range(PROMPT_STEPS):
         batch = next(pending, None)
         if batch is None:
-            pending = batches(texts, BATCH_TOKENS, rng)
+            pending = batches(texts, PROMPT_BATCH_TOKENS, rng)
             batch = next(pending)
         loss = loss_of(model, batch, rows)
         optimizer.zero_grad()
