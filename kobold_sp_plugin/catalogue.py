@@ -269,7 +269,8 @@ def _entry(filename: str, record: _Record, known: Optional[ModelFacts]) -> Entry
     stem = _shown(os.path.splitext(filename)[0], 200)
     header = record.header
     if record.fault is not None or header is None:
-        return Entry(filename, stem, Verdict.UNREADABLE, _shown(record.fault or "", 500))
+        name = _shown(header.name, 200) if header is not None else ""
+        return Entry(filename, name or stem, Verdict.UNREADABLE, _shown(record.fault or "", 500))
     try:
         verdict, reason = judge(header, known)
     except Exception as error:

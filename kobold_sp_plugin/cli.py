@@ -152,3 +152,7 @@ def _load(path: Optional[str], quiet: bool = False) -> Tuple[Any, Any]:
 def _line(text: str) -> str:
     """``text`` as a terminal may be given it: file names can hold control characters."""
     return "".join(character if character.isprintable() else "\ufffd" for character in text)
+
+
+if __name__ == "__main__":
+    main()

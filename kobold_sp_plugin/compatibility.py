@@ -22,13 +22,12 @@ from dataclasses import dataclass, field
 from enum import Enum
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Dict, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Mapping, NamedTuple, Optional, Protocol, Sequence, Tuple
 
 import numpy as np
 
 from .errors import ModelError, NoEmbedding
-from .formats import Header
-from .softprompt import SoftPrompt, own_metadata
+from .softprompt import own_metadata
 
 _LOG = logging.getLogger(__name__)
 
@@ -85,6 +84,22 @@ class Verdict(str, Enum):
         return self in (Verdict.COMPATIBLE, Verdict.UNPROVEN, Verdict.DIFFERENT)
 
 
+class Described(Protocol):
+    """What is judged: a soft prompt, or what its file says of it."""
+
+    @property
+    def n_tokens(self) -> int: ...
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def metadata(self) -> Mapping[str, Any]: ...
+
+    @property
+    def supported(self) -> Sequence[str]: ...
+
+
 class Judgement(NamedTuple):
     """A verdict and the sentence that explains it to a user."""
 
@@ -120,7 +135,7 @@ def facts(model: Any, name: Optional[str] = None) -> ModelFacts:
     config = getattr(model, "config", model)
     known = name or str(_field(config, "_name_or_path") or type(model).__name__)
     return ModelFacts(
-        name=os.path.basename(known) if os.path.isabs(known) else known,
+        name=Path(known).name if os.path.isabs(known) else known,
         width=width_of(model),
         context=context_of(config),
         fingerprint=_fingerprint_or_none(model) if hasattr(model, "get_input_embeddings") else None,
@@ -141,7 +156,7 @@ def context_of(model_or_config: Any) -> Optional[int]:
     return _first_field(getattr(model_or_config, "config", model_or_config), _CONTEXT_FIELDS)
 
 
-def judge(softprompt: Union[Header, SoftPrompt], facts: Optional[ModelFacts]) -> Judgement:
+def judge(softprompt: Described, facts: Optional[ModelFacts]) -> Judgement:
     """Whether ``softprompt`` goes with the model that ``facts`` describe; None where no model is loaded."""
     if facts is None:
         return Judgement(Verdict.NO_MODEL, "no model is loaded")

@@ -4,7 +4,9 @@ import time
 
 import pytest
 import torch
+import tqdm
 
+tqdm.tqdm.monitor_interval = 0  # its progress bars leave a thread behind
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits for the first
 
 

@@ -154,7 +154,7 @@ class _Member:
             return self._packed(count)
         while not self._decompressor.eof:
             wants_input = getattr(self._decompressor, "needs_input", not self._pending)
-            packed = self._pending or (self._packed(MAX_READ) if wants_input else b"")
+            packed = self._pending or (self._packed(max(count, 4096)) if wants_input else b"")
             piece: bytes = self._decompressor.decompress(packed, count)
             self._pending = getattr(self._decompressor, "unconsumed_tail", b"")
             if piece or not packed:

@@ -3,6 +3,7 @@
 import ipaddress
 import json
 import logging
+import mimetypes
 import os
 import socket
 import threading
@@ -26,6 +27,10 @@ _ROOMS = {"1": (OLD_UI,), "2": (UI2,)}
 """KoboldAI's pages say which of them they are (``?ui=``); who does not say it hears both."""
 _ENDS = ("done", "stopped", "error")
 _LONGEST_ID = 200
+
+# A Windows registry may say otherwise, and a browser runs no script of type text/plain.
+mimetypes.add_type("text/javascript", ".js")
+mimetypes.add_type("text/css", ".css")
 
 
 class Server:
