@@ -21,7 +21,7 @@ def save(path, seed=0, width=4, **metadata):
 def with_nan(path):
     rows = rows_of()
     rows[1, 1] = np.nan
-    path.write_bytes(make_zip(("tensor.npy", npy(rows))))
+    path.write_bytes(make_zip(("tensor.npy", npy(rows)), ("meta.json", b'{"name": "Not a number"}')))
 
 
 def settle(folder):
@@ -218,6 +218,7 @@ def test_what_loading_finds_is_remembered_until_the_file_changes(tmp_path):
         bad, good = catalogue.entries(HERE)
         assert bad.verdict is Verdict.UNREADABLE
         assert bad.reason == "nan in row 1, column 1; expected finite values"
+        assert (bad.name, bad.n_tokens, bad.header) == ("Not a number", None, None)
         assert good is before[1]
         settle(tmp_path)
     save(tmp_path / "bad.zip")

@@ -10,7 +10,7 @@ import json
 import random
 import time
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -21,14 +21,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ..compatibility import fingerprint
 from ..softprompt import OWN_KEY, SoftPrompt
 from . import MODEL
-from .grammar import GENRES, SEPARATOR, mix, story
-from .lexicon import LEXICON, NAMES
+from .grammar import SEPARATOR, mix, story
+from .lexicon import GENRES
 
 BOS, EOS, PAD = 0, 1, 2
 CONTEXT = 1024  # tokens
 N_ROWS = 20
 BATCH_TOKENS = 2000
-SHORT = 160  # tokens of a text's beginning
 PROMPT_STEPS = 240
 PROMPT_STORIES = 1000
 PROMPT_BATCH_TOKENS = 1200
@@ -37,7 +36,7 @@ PROMPT_LIMIT = 192  # tokens of a text
 # Written as they stand: plain keys that every release of transformers with Llama reads. The file is
 # stored in float16; declaring float32 keeps releases that obey the declaration from computing in
 # float16, which is slow or missing on CPUs.
-CONFIG = {
+CONFIG: Dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "vocab_size": 2560,
@@ -79,11 +78,6 @@ Labelled = Tuple[List[int], List[int]]
 """Token ids, and what is to be predicted at each of them: the id itself, or -100 for nothing."""
 
 
-def name_list() -> List[str]:
-    """Every first name and surname, with the space before it."""
-    return [f" {name}" for words in LEXICON.values() for key in NAMES for name in words[key]]
-
-
 def train_tokenizer(texts: Sequence[str]) -> Tokenizer:
     """Byte-level BPE; encoding puts the beginning-of-sequence token first."""
     tokenizer = Tokenizer(models.BPE())
@@ -98,9 +92,7 @@ def train_tokenizer(texts: Sequence[str]) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # Names weigh more than they occur: as tokens of their own they are easier to carry through a story.
-    names = "".join(name_list())
-    tokenizer.train_from_iterator([*texts, *[names] * (len(texts) // 10)], trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
@@ -125,16 +117,12 @@ def batches(texts: Sequence[Labelled], tokens: int, rng: random.Random) -> Itera
 
 
 def loss_of(
-    model: LlamaForCausalLM,
-    batch: Sequence[Labelled],
-    rows: Optional[torch.Tensor] = None,
-    weight: Optional[torch.Tensor] = None,
+    model: LlamaForCausalLM, batch: Sequence[Labelled], rows: Optional[torch.Tensor] = None
 ) -> torch.Tensor:
     """Cross-entropy in nats, a scalar: the mean over all positions of a batch that have a label.
 
-    ``rows``: float ``[n_tokens, width]``, read before the beginning-of-sequence token. ``weight``: float
-    ``[vocab_size]``, what each token to be predicted counts. Padding stands on the right, where a causal
-    model does not see it, so that no mask is needed.
+    ``rows``: float ``[n_tokens, width]``, read before the beginning-of-sequence token. Padding stands
+    on the right, where a causal model does not see it, so that no mask is needed.
     """
     length = max(len(ids) for ids, _ in batch)
     ids = torch.full((len(batch), length), PAD)
@@ -148,7 +136,7 @@ def loss_of(
     hidden = model.model(inputs_embeds=embedded, use_cache=False)[0][:, -length:-1]
     wanted = labels[:, 1:]
     here = wanted != -100
-    return torch.nn.functional.cross_entropy(model.lm_head(hidden[here]), wanted[here], weight)
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden[here]), wanted[here])
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:
@@ -161,8 +149,8 @@ def schedule(step: int, steps: int, warmup: int) -> float:
 def initialise(model: LlamaForCausalLM) -> None:
     """Let every attention head begin by looking for tokens like its own and copying what it finds.
 
-    Queries begin equal to keys, and outputs as the transpose of values. A story's names come back all
-    the time, and a model this small learns to look them up much sooner from here than from noise.
+    Queries begin equal to keys, and outputs as the transpose of values: a story's words come back, and
+    training gets to looking them up sooner from here than from noise.
     """
     for layer in model.model.layers:
         attention = layer.self_attn
@@ -174,22 +162,14 @@ def initialise(model: LlamaForCausalLM) -> None:
             attention.o_proj.weight.copy_(attention.v_proj.weight.T)
 
 
-def train_model(texts: Sequence[Labelled], names: Sequence[int], seed: int) -> LlamaForCausalLM:
-    """The small causal model: trained on the beginnings of half of the texts, then on every text once.
-
-    In short texts it is easier to find out what a name refers to; for the same reason the tokens
-    ``names`` count more in them.
-    """
+def train_model(texts: Sequence[Labelled], seed: int) -> LlamaForCausalLM:
+    """The small causal model, trained on every text once."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     known = {key: value for key, value in CONFIG.items() if key not in ("architectures", "torch_dtype")}
     model = LlamaForCausalLM(LlamaConfig(**known))
     initialise(model)
-    short = [(ids[:SHORT], labels[:SHORT]) for ids, labels in texts[: len(texts) // 2]]
-    beginnings = list(batches(short, BATCH_TOKENS, rng))
-    order = beginnings + list(batches(texts, BATCH_TOKENS, rng))
-    weight = torch.ones(CONFIG["vocab_size"])
-    weight[list(names)] = 3.0
+    order = list(batches(texts, BATCH_TOKENS, rng))
     decayed = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
@@ -197,7 +177,7 @@ def train_model(texts: Sequence[Labelled], names: Sequence[int], seed: int) -> L
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: schedule(s, len(order), 60))
     average = None
     for step, batch in enumerate(order):
-        loss = loss_of(model, batch, weight=weight if step < len(beginnings) else None)
+        loss = loss_of(model, batch)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -219,7 +199,7 @@ def genre_texts(tokenizer: Tokenizer, genre: str, count: int, seed: int) -> List
     others = [other for other in GENRES if other != genre]
     result = []
     for number in range(count):
-        if number % 5:
+        if number % 5 < 4:
             text, given = story(genre, rng).text, ""
         else:
             turning = story(rng.choice(others), rng, turns_to=genre)
@@ -237,10 +217,9 @@ def train_rows(
     It begins as the words of one of the texts: closer to the genre, and less harm to begin with, than
     random rows of the matrix.
     """
-    torch.manual_seed(seed)
     rng = random.Random(seed)
     model.requires_grad_(False)
-    first = torch.tensor(texts[1][0][1 : N_ROWS + 1])  # after the beginning-of-sequence token
+    first = torch.tensor(texts[0][0][1 : N_ROWS + 1])  # after the beginning-of-sequence token
     rows = model.get_input_embeddings()(first).clone().requires_grad_(True)
     optimizer = torch.optim.Adam([rows], lr=3e-2)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: schedule(s, PROMPT_STEPS, 10))
@@ -256,7 +235,7 @@ def train_rows(
         optimizer.step()
         scheduler.step()
     print(f"  loss {loss.item():.3f}", flush=True)
-    return rows.detach().numpy()
+    return np.asarray(rows.detach().numpy())
 
 
 def save_model(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
@@ -285,7 +264,7 @@ def save_model(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> N
         (folder / name).write_text(text + "\n", encoding="utf-8")
 
 
-def build(model_folder: Path, softprompts: Path, seed: int, count: int = 8000) -> None:
+def build(model_folder: Path, softprompts: Path, seed: int, count: int = 12000) -> None:
     """Write the model to one folder and the soft prompts to another."""
     started = time.time()
 
@@ -297,8 +276,7 @@ def build(model_folder: Path, softprompts: Path, seed: int, count: int = 8000) -
     tokenizer = train_tokenizer(corpus)
     texts = [labelled(tokenizer, text) for text in corpus]
     tell(f"training the model on {sum(len(ids) for ids, _ in texts)} tokens")
-    names = [tokenizer.encode(name, add_special_tokens=False).ids[0] for name in name_list()]
-    model = train_model(texts, names, seed)
+    model = train_model(texts, seed)
     save_model(model, tokenizer, model_folder)
     # What is shipped is float16; the soft prompts are trained for what is shipped.
     model = LlamaForCausalLM.from_pretrained(str(model_folder), torch_dtype=torch.float32).eval()

@@ -4,9 +4,7 @@ A slot holds one kind of phrase, the same in every genre, so that any shared fra
 any genre. The kinds:
 
 ===========  ======================================================================================
-male, female first names
-last         surnames
-men, women   how a character is called: "full form > short form", from ``{first}`` and ``{last}``
+men, women   the leading man and woman, the same in every story: "first mention > later mentions"
 room         a place indoors, after "in"
 ground       open ground, after "across"
 goal         where the story leads, after "to"
@@ -35,11 +33,8 @@ time         when, at the end of a sentence
 from typing import Dict, List
 
 NOIR = {
-    "male": "Jack; Sam; Eddie; Frank; Vince; Ray",
-    "female": "Rita; Vera; Dolores; Gloria; Peggy; Stella",
-    "last": "Malone; Keller; Moss; Delaney; Stark; Kowalski; Vance; Doyle",
-    "men": "{first} {last} > {last}; {first} {last} > {last}; Detective {last} > {last}",
-    "women": "{first} {last} > {first}; Miss {last} > Miss {last}; {first} {last} > {first}",
+    "men": "Jack Malone > Malone; Detective Malone > Malone",
+    "women": "Rita Vance > Rita; Miss Rita Vance > Rita",
     "room": "the office; the back room of the Blue Parrot; the hotel lobby; the elevator; the bar on "
     "Ninth Street; the interrogation room; the morgue; the apartment over the laundry",
     "ground": "the wet street; the alley; the parking lot; the empty sidewalk; the tracks of the "
@@ -94,12 +89,8 @@ NOIR = {
 }
 
 PIRATE = {
-    "male": "Bart; Diego; Silas; Finn; Roger; Jonas",
-    "female": "Anne; Bess; Molly; Esperanza; Grace; Nan",
-    "last": "Blackwood; Flint; Tull; Bones; Teach; Cutter; Hawkins; Swann",
-    "men": "Captain {last} > {last}; {first} {last} > {first}; Bosun {last} > {last}; One-Eyed {first} "
-    "> {first}",
-    "women": "Captain {last} > {last}; {first} {last} > {first}; Red {first} > {first}",
+    "men": "Captain Flint > Flint; Captain Jonas Flint > Flint",
+    "women": "Red Bess > Bess; Bess Blackwood > Bess",
     "room": "the captain's cabin; the galley; the hold; the gun deck; the tavern by the harbor; the "
     "brig; the forecastle; the rum cellar",
     "ground": "the deck; the white beach; the quay; the shallows; the burning deck; the sandbar",
@@ -150,13 +141,8 @@ PIRATE = {
 }
 
 FAIRY = {
-    "male": "Hans; Florian; Alaric; Tobin; Rupert; Oswin",
-    "female": "Isolde; Gretel; Morwenna; Rosalind; Elspeth; Briar",
-    "last": "Thornwood; Goldenhair; Applebright; Featherfoot; Underhill; Mossgrove; Silverleaf; Honeywell",
-    "men": "Prince {first} > {first}; King {first} > {first}; {first} of {last} > {first}; {first} the "
-    "Brave > {first}",
-    "women": "Princess {first} > {first}; Queen {first} > {first}; {first} of {last} > {first}; "
-    "{first} the Clever > {first}",
+    "men": "Prince Florian > Florian; Florian of Thornwood > Florian",
+    "women": "Princess Isolde > Isolde; Isolde the Clever > Isolde",
     "room": "the throne room; the witch's kitchen; the tower; the cottage; the dragon's cave; the mill; "
     "the enchanted ballroom; the giant's pantry",
     "ground": "the meadow; the frozen pond; the castle bridge; the clearing in the forest; the rose "
@@ -209,13 +195,8 @@ FAIRY = {
 }
 
 SPACE = {
-    "male": "Idris; Kael; Tomas; Jaro; Dax; Anders",
-    "female": "Zara; Lena; Mirai; Nova; Talia; Xenia",
-    "last": "Okoro; Vega; Pike; Tanaka; Solaris; Reyes; Novak; Chandra",
-    "men": "Commander {last} > {last}; Ensign {last} > {last}; {first} {last} > {first}; Doctor {last} "
-    "> {last}",
-    "women": "Commander {last} > {last}; Pilot {last} > {last}; {first} {last} > {first}; Doctor "
-    "{last} > {last}",
+    "men": "Ensign Okoro > Okoro; Idris Okoro > Okoro",
+    "women": "Commander Vega > Vega; Commander Zara Vega > Vega",
     "room": "the airlock; the engine room; the control room; the cargo bay; the medical bay; the "
     "observation dome; the cryo chamber; the reactor core",
     "ground": "the hangar deck; the crater; the landing field; the red dust of the planet; the "
@@ -268,13 +249,8 @@ SPACE = {
 }
 
 WESTERN = {
-    "male": "Wade; Cole; Josiah; Buck; Amos; Clint",
-    "female": "Josie; Abigail; Clementine; Hattie; Sadie; Mabel",
-    "last": "Dawson; McCready; Calhoun; Tucker; Hollister; Boone; Garrett; Maddox",
-    "men": "Sheriff {last} > {last}; {first} {last} > {first}; Deputy {last} > {last}; Old {first} "
-    "{last} > {first}",
-    "women": "Widow {last} > Widow {last}; {first} {last} > {first}; {first} {last} > {first}; Miss "
-    "{first} > Miss {first}",
+    "men": "Wade Dawson > Dawson; Sheriff Dawson > Dawson",
+    "women": "Josie McCready > Josie; Miss Josie McCready > Josie",
     "room": "the saloon; the sheriff's office; the livery stable; the jailhouse; the bunkhouse; the "
     "general store; the bank; the barber shop",
     "ground": "the dusty street; the corral; the prairie; the dry creek; the railroad tracks; the "
@@ -325,8 +301,6 @@ WESTERN = {
     "time": "at high noon; at sundown; before the noon train; on the third day on the trail; after the "
     "last dance",
 }
-
-NAMES = ("male", "female", "last")
 
 GENRES = ("noir", "pirate", "fairytale", "space", "western")
 

@@ -7,7 +7,7 @@ one neutral opening that classify as the selected genre.
 
 import argparse
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -16,15 +16,16 @@ from ..soft_tokens import attach
 from ..softprompt import SoftPrompt
 from . import MODEL, OPENING
 from .classifier import Classifier
-from .grammar import GENRES, SEPARATOR, stories
+from .grammar import SEPARATOR, stories
+from .lexicon import GENRES
 
 TEMPERATURE = 0.7
-NEW_TOKENS = 512
+NEW_TOKENS = 400
 HELD_OUT_SEED = 1001  # the build uses others
-_BATCH = 50
+_BATCH = 100
 
 
-def load(folder: Path = MODEL) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+def load(folder: Path = MODEL) -> Tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The demonstration model and its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(str(folder)).eval()
     return model, AutoTokenizer.from_pretrained(str(folder))
@@ -35,7 +36,6 @@ def held_out(count: int) -> Dict[str, List[str]]:
     return {genre: [s.text for s in stories(genre, count, HELD_OUT_SEED)] for genre in GENRES}
 
 
-@torch.no_grad()
 def loss(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -46,7 +46,7 @@ def loss(
     """Mean loss in nats per token over ``texts``; with ``tokens``, over the first so many of each."""
     handle = attach(model)
     total = count = 0.0
-    with handle.override(*([softprompt] if softprompt else [])):
+    with torch.no_grad(), handle.override(*([softprompt] if softprompt else [])):
         for text in texts:
             ids = tokenizer(text, return_tensors="pt").input_ids[:, : tokens and tokens + 1]
             logits = model(**handle.prepend(ids)).logits[0, handle.n_tokens : -1]
@@ -100,7 +100,7 @@ def loss_table(
     return "\n".join(lines)
 
 
-def shares(classifier: Classifier, texts: Sequence[str], genre: str) -> "tuple[float, float]":
+def shares(classifier: Classifier, texts: Sequence[str], genre: str) -> Tuple[float, float]:
     """The share of ``texts`` whose first paragraph, and which as a whole, classify as ``genre``."""
     first = classifier.share([text.split(SEPARATOR)[0] for text in texts], genre)
     return first, classifier.share(texts, genre)

@@ -5,8 +5,8 @@ import pytest
 
 from kobold_sp_plugin.demonstration.classifier import Classifier
 from kobold_sp_plugin.demonstration.frames import OWN, SHARED, TALK
-from kobold_sp_plugin.demonstration.grammar import GENRES, mix, stories
-from kobold_sp_plugin.demonstration.lexicon import LEXICON
+from kobold_sp_plugin.demonstration.grammar import mix, stories
+from kobold_sp_plugin.demonstration.lexicon import GENRES, LEXICON
 
 
 def own_frames(genre):
@@ -58,7 +58,7 @@ def test_stories_of_a_genre_classify_as_it(genre, classifier):
     assert classifier.share([story.text for story in told], genre) == 1
 
 
-def test_a_turning_story_goes_on_in_another_genre_with_the_same_characters(classifier):
+def test_a_turning_story_goes_on_in_another_genre(classifier):
     turning = [story for story in mix(200, seed=5) if len(set(story.genres)) == 2]
     assert 0.2 < len(turning) / 200 < 0.5
     for genre in GENRES:

@@ -5,7 +5,8 @@ from kobold_sp_plugin import SoftPrompt
 from kobold_sp_plugin.compatibility import Verdict, facts, judge
 from kobold_sp_plugin.demonstration import MODEL, build, report
 from kobold_sp_plugin.demonstration.classifier import Classifier
-from kobold_sp_plugin.demonstration.grammar import GENRES, mix
+from kobold_sp_plugin.demonstration.grammar import mix
+from kobold_sp_plugin.demonstration.lexicon import GENRES
 
 SOFTPROMPTS = MODEL.parents[2] / "softprompts"
 LIMIT = 4_000_000  # bytes
