@@ -192,8 +192,8 @@ def train_model(texts: Sequence[Labelled], seed: int) -> LlamaForCausalLM:
 def genre_texts(tokenizer: Tokenizer, genre: str, count: int, seed: int) -> List[Labelled]:
     """What a soft prompt learns from: beginnings of stories of the genre, and of stories that turn to it.
 
-    Of the latter, the paragraph before the turn is given and only the rest is learned. So the soft
-    prompt also learns to lead a story into its genre that began in another one.
+    Of the latter, the paragraph before the turn is given and only the rest is learned. With them more
+    continuations stay in the genre; a story that is well under way in another one goes on in that one.
     """
     rng = random.Random(f"soft prompt:{genre}:{seed}")
     others = [other for other in GENRES if other != genre]

@@ -81,6 +81,18 @@ def test_a_given_beginning_is_not_learned():
     assert ids[-1] == build.EOS
 
 
+def test_padding_counts_nothing_and_rows_are_read(demonstration):
+    model, tokenizer = demonstration
+    texts = [build.labelled(tokenizer.backend_tokenizer, text) for text in ("Jack came in.", "Rita left him there.")]
+    counts = [len(ids) - 1 for ids, _ in texts]
+    with torch.no_grad():
+        apart = [build.loss_of(model, [text]) * count for text, count in zip(texts, counts)]
+        together = build.loss_of(model, texts) * sum(counts)
+        moved = build.loss_of(model, texts, model.get_input_embeddings()(torch.tensor([build.BOS])))
+    assert torch.allclose(sum(apart), together, atol=1e-4)
+    assert not torch.allclose(moved * sum(counts), together)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("genre", GENRES)
