@@ -57,7 +57,9 @@ class Patch:
 
         def inherited(*args: Any, **kwargs: Any) -> Any:
             this = instance()
-            return getattr(type(this), name).__get__(this)(*args, **kwargs)
+            if this is None:
+                raise ReferenceError(f"what this {name}() belongs to no longer exists; keep a reference to it")
+            return inspect.getattr_static(type(this), name).__get__(this, type(this))(*args, **kwargs)
 
         inherited.__signature__ = inspect.signature(current)  # type: ignore[attr-defined]
         return self._function_wrapper(inherited, getattr(current, "__func__", current))
@@ -89,7 +91,7 @@ def patch(owner: Any, name: str, around: Callable[..., Any]) -> Patch:
     ``owner`` is a class, a module, an instance (its class stays as it is) or a dictionary of globals.
     Calls become ``around(original, *arguments)``; for a class, the arguments begin with the instance
     (or, for a class method, the class), and ``original`` takes them. Raises :class:`AttributeError` if
-    there is no such name.
+    there is no such name, and :class:`TypeError` or :class:`ValueError` if it is no function with a signature.
     """
     if isinstance(owner, dict):
         if name not in owner:
@@ -136,7 +138,9 @@ class ImportCallback(importlib.abc.MetaPathFinder):
             spec = importlib.util.find_spec(fullname)
         finally:
             self._searching.now = False
-        if spec is None or spec.loader is None:
+        # Only a loader from a file is made anew for each module, so that it can be changed for this one.
+        if spec is None or not isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+            log.warning("kobold_sp_plugin: %s is not imported from a file; nothing will follow its import", fullname)
             return None
         loader = spec.loader
 

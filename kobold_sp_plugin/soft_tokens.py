@@ -12,19 +12,18 @@ import weakref
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
 
-import numpy as np
 import torch
 
 from .compatibility import context_of
-from .errors import ContextExceeded, NoEmbedding, UnsupportedCall, UnsupportedModel, WidthMismatch
-from .patching import Patch, patch
+from .errors import ContextExceeded, NoEmbedding, NotFinite, UnsupportedCall, UnsupportedModel, WidthMismatch
+from .patching import patch
 from .softprompt import Order, Scale, SoftPrompt
 
 _HANDLE = "_kobold_sp_soft_tokens"
 _CACHES = ("past_key_values", "past", "cache_params", "state", "mems", "past_buckets_states")
 """Names under which releases and families hand their caches from step to step."""
 
-_is_compiling: Callable[[], bool] = getattr(getattr(torch, "compiler", None), "is_compiling", lambda: False)
+_ATTACHING = threading.Lock()
 
 SoftPrompts = Union[SoftPrompt, Iterable[SoftPrompt]]
 
@@ -37,58 +36,53 @@ def attach(model: Any) -> "SoftTokens":
     :class:`~kobold_sp_plugin.errors.NoEmbedding` or :class:`~kobold_sp_plugin.errors.UnsupportedModel`.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    handle = vars(base).get(_HANDLE)
-    return handle if handle is not None else SoftTokens(base)
+    with _ATTACHING:
+        handle = vars(base).get(_HANDLE)
+        if handle is None or not handle._stays():
+            handle = SoftTokens(base)
+        return handle
 
 
 class _Rows:
-    """The rows of one selection: allocated once, under ids that nothing else ever gets."""
+    """The rows of one selection, under ids that nothing else ever gets; immutable.
 
-    def __init__(self, softprompts: Tuple[SoftPrompt, ...], first: int):
+    The NumPy rows are the master copy. Torch copies are a cache: a host may empty every tensor in the
+    process, and then they are made again.
+    """
+
+    def __init__(self, softprompts: Tuple[SoftPrompt, ...], first: int, embedding: Any):
         before = [each for each in softprompts if each.order is Order.BEFORE_BOS]
         after = [each for each in softprompts if each.order is Order.AFTER_BOS]
         self.softprompts = softprompts
         self.first = first
         self.n_before = sum(each.n_tokens for each in before)
         self.n_tokens = sum(each.n_tokens for each in softprompts)
-        self.parts = [(each.rows, each.scale) for each in before + after]
-
-
-class _Table:
-    """Rows of all live selections, for ids ``first`` to ``first + size - 1``; immutable.
-
-    The NumPy rows are the master copy. Torch copies are a cache: a host may empty every tensor in the
-    process, and then they are made again.
-    """
-
-    def __init__(self, live: List[_Rows], embedding: Any):
-        self.first = live[0].first
-        self.size = live[-1].first + live[-1].n_tokens - self.first
+        self._in_order = before + after
         self._embedding = weakref.ref(embedding)
-        self._parts: List[Tuple[int, np.ndarray, Scale]] = []
-        for rows in live:
-            position = rows.first - self.first
-            for part, scale in rows.parts:
-                self._parts.append((position, part, scale))
-                position += len(part)
         self._copies: Dict[Tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
-    def on(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """``[1 + size + 1, width]``: the rows between two of NaN, which ids without a row are given."""
+    def copy_on(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """``[1 + n_tokens + 1, width]``: the rows between two of NaN, which ids of other rows read as.
+
+        Raises :class:`~kobold_sp_plugin.errors.NotFinite` for values that ``dtype`` cannot hold.
+        """
         copy = self._copies.get((device, dtype))
         if copy is None or copy.dim() != 2:
-            copy = self._copies[device, dtype] = self._build(device, dtype)
+            copy = self._copies[device, dtype] = self._built(dtype).to(device)
         return copy
 
-    def _build(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        width = self._parts[0][1].shape[1]
-        built = torch.full((self.size + 2, width), float("nan"), dtype=dtype)
-        for position, rows, scale in self._parts:
-            part = torch.tensor(rows).to(dtype)
-            if scale is Scale.MATRIX:
+    def _built(self, dtype: torch.dtype) -> torch.Tensor:
+        edge = torch.full((1, self.softprompts[0].width), float("nan"), dtype=dtype)
+        parts = []
+        for each in self._in_order:
+            part = torch.tensor(each.rows).to(dtype)
+            if each.scale is Scale.MATRIX:
                 part = part * _scale_of(self._embedding(), dtype)
-            built[1 + position : 1 + position + len(rows)] = part
-        return built.to(device)
+            if not torch.isfinite(part).all():
+                largest = f"values up to {abs(each.rows).max():g} in {each.name or 'a soft prompt'}"
+                raise NotFinite(largest, f"values that the model's {dtype} can hold")
+            parts.append(part)
+        return torch.cat([edge, *parts, edge])
 
 
 class _Generation:
@@ -100,7 +94,7 @@ class _Generation:
         self.inserted = False
         """The ids that the loop hands over already hold the soft tokens (a prompt that is read in chunks)."""
         self.decoding = False
-        """The ids of the next forward are text only, so that the embedding has nothing to substitute."""
+        """The next forward's ids are text only, so that the embedding has nothing to substitute."""
 
 
 class SoftTokens:
@@ -114,25 +108,24 @@ class SoftTokens:
             raise UnsupportedModel(
                 f"{type(model).__name__} has an encoder; soft prompts are given to causal language models only"
             )
-        self._model = weakref.ref(model)
         embedding = _embedding_of(model)
-        self._vocabulary, self._width = _size_of(embedding)
+        if _HANDLE in vars(embedding):
+            raise UnsupportedModel(f"the embedding of this {type(model).__name__} belongs to a model attached before")
+        self._model = weakref.ref(model)
         self._embedding = weakref.ref(embedding)
+        self._vocabulary, self._width = self._size = _size_of(embedding)
         self._lock = threading.Lock()
-        self._allocated: List[weakref.ref[_Rows]] = []
         self._next_id = self._vocabulary
-        self._table: Optional[_Table] = None
         self._selected: Optional[_Rows] = None
         self._thread = threading.local()
-        self._patches: List[Patch] = []
-        self._hook(model, embedding)
-
-    def _hook(self, model: Any, embedding: Any) -> None:
+        self._running = 0
+        """Calls of ``generate`` with soft prompts that have not ended."""
+        self._detached = False
         self._patches = [patch(embedding, "forward", self._embed)]
         for seam in SEAMS:
             if callable(getattr(type(model), seam.name, None)):
                 self._patches.append(patch(model, seam.name, getattr(self, seam.adapter)))
-        vars(model)[_HANDLE] = self
+        vars(model)[_HANDLE] = vars(embedding)[_HANDLE] = self
 
     # Selection
 
@@ -151,10 +144,11 @@ class SoftTokens:
     def select(self, *softprompts: SoftPrompts) -> None:
         """Change the selection to one or several soft prompts, in order; generations under way keep theirs.
 
-        Raises :class:`~kobold_sp_plugin.errors.WidthMismatch`; the selection is then what it was.
+        Raises :class:`~kobold_sp_plugin.errors.WidthMismatch`, or
+        :class:`~kobold_sp_plugin.errors.NotFinite` for values too large for the model's dtype; the
+        selection is then what it was.
         """
         self._selected = self._allocate(_flat(softprompts))
-        self._drop_rows_of_the_past()
 
     def clear(self) -> None:
         """Change the selection to none."""
@@ -162,7 +156,10 @@ class SoftTokens:
 
     @contextmanager
     def override(self, *softprompts: SoftPrompts) -> Iterator[None]:
-        """Use these soft prompts, or none, for what this thread generates inside the ``with`` block."""
+        """Use these soft prompts, or none, in place of the selection for this thread inside the ``with`` block.
+
+        Blocks of one thread have to nest; a thread that is started inside does not inherit it.
+        """
         before = getattr(self._thread, "override", None)
         self._thread.override = (self._allocate(_flat(softprompts)),)
         try:
@@ -171,13 +168,26 @@ class SoftTokens:
             self._thread.override = before
 
     def detach(self) -> None:
-        """Take everything back that :func:`attach` changed on the model."""
+        """Take everything back that :func:`attach` changed on the model, at the end of what it is generating."""
+        with self._lock:
+            self._detached = True
+            self._selected = None
+            if not self._running:
+                self._undo()
+
+    def _stays(self) -> bool:
+        """Whether the model still has this handle; one that waits for the end of a generation to go, stays."""
+        with self._lock:
+            if self._detached and self._running:
+                self._detached = False
+            return not self._detached
+
+    def _undo(self) -> None:
         for each in reversed(self._patches):
             each.undo()
-        self._patches = []
-        model = self._model()
-        if model is not None:
-            vars(model).pop(_HANDLE, None)
+        for owner in (self._model(), self._embedding()):
+            if owner is not None and vars(owner).get(_HANDLE) is self:
+                del vars(owner)[_HANDLE]
 
     def prepend(
         self, input_ids: torch.Tensor, attention_mask: Optional[torch.Tensor] = None
@@ -185,7 +195,8 @@ class SoftTokens:
         """The arguments of a bare forward pass with the selection in front of the text.
 
         ``input_ids`` and ``attention_mask`` are integer ``[batch, length]``; the returned dictionary has
-        both, new, of length ``n_tokens + length``. Logits then have ``n_tokens`` more positions.
+        both, of length ``n_tokens + length``; the arguments themselves stay as they are. Logits then have
+        ``n_tokens`` more positions.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -200,6 +211,10 @@ class SoftTokens:
         return override[0] if override else self._selected
 
     def _allocate(self, softprompts: Tuple[SoftPrompt, ...]) -> Optional[_Rows]:
+        """``softprompts`` under ids of their own, or None for none; nothing is selected yet."""
+        if not softprompts:
+            return None
+        embedding = self._current_embedding()
         for each in softprompts:
             if each.width != self._width:
                 raise WidthMismatch(
@@ -207,41 +222,46 @@ class SoftTokens:
                     f"this model has {self._width}"
                 )
         current = self._selected
-        if not softprompts or (current is not None and current.softprompts == softprompts):
-            return current if softprompts else None
+        if current is not None and current.softprompts == softprompts:
+            return current
         with self._lock:
             # New ids each time: what a cache may have remembered under an old id stays true.
-            rows = _Rows(softprompts, self._next_id)
+            rows = _Rows(softprompts, self._next_id, embedding)
             self._next_id += rows.n_tokens
-            self._allocated.append(weakref.ref(rows))
-            self._make_table()
+        weight = embedding.weight
+        if weight.is_floating_point() and weight.device.type != "meta":
+            rows.copy_on(weight.device, weight.dtype)
         return rows
 
-    def _drop_rows_of_the_past(self) -> None:
-        with self._lock:
-            while self._allocated and self._allocated[0]() is None:
-                self._allocated.pop(0)
-            self._make_table()
-
-    def _make_table(self) -> None:
-        live = [rows for rows in (ref() for ref in self._allocated) if rows is not None]
-        self._table = _Table(live, self._embedding()) if live else None
+    def _current_embedding(self) -> Any:
+        """The embedding that is hooked; refuses a handle that is detached, or whose model has another by now."""
+        model, embedding = self._model(), self._embedding()
+        if self._detached or model is None:
+            raise UnsupportedCall("this handle is detached from its model; attach() the model again")
+        if embedding is None or model.get_input_embeddings() is not embedding or _size_of(embedding) != self._size:
+            raise UnsupportedCall(
+                "the model's input embedding was replaced or resized after attach(); detach() and attach() it again"
+            )
+        return embedding
 
     # Embedding
 
-    def _embed(self, original: Callable[..., torch.Tensor], input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        table = self._table
-        if table is None or (not _is_compiling() and self._has_text_only()):
-            return original(input_ids, *args, **kwargs)
-        is_soft = input_ids >= self._vocabulary
-        embedded = original(input_ids.masked_fill(is_soft, 0), *args, **kwargs)
-        rows = table.on(embedded.device, embedded.dtype)
-        row = (input_ids - (table.first - 1)).clamp(0, table.size + 1)
-        return torch.where(is_soft.unsqueeze(-1), rows[row], embedded)
-
-    def _has_text_only(self) -> bool:
+    def _embed(self, original: Callable[..., torch.Tensor], input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         generation = self._generation
-        return generation is not None and generation.decoding
+        if generation is None:
+            rows = self._chosen()
+        elif generation.decoding:
+            generation.decoding = False  # what somebody reads between two steps may hold soft tokens
+            rows = None
+        else:
+            rows = generation.rows
+        if rows is None:
+            return original(input, *args, **kwargs)
+        is_soft = input >= self._vocabulary
+        embedded = original(input.masked_fill(is_soft, 0), *args, **kwargs)
+        copy = rows.copy_on(embedded.device, embedded.dtype)
+        row = (input - (rows.first - 1)).clamp(0, rows.n_tokens + 1)
+        return torch.where(is_soft.unsqueeze(-1), copy[row.long()], embedded)
 
     # Generation
 
@@ -251,14 +271,39 @@ class SoftTokens:
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         rows = self._chosen()
+        if rows is None:
+            with self._in_generation(None):
+                return original(*args, **kwargs)
+        self._current_embedding()
+        kwargs = self._with_room_for(rows, args, kwargs)
+        generation = _Generation(rows)
+        with self._in_generation(generation):
+            result = original(*args, **kwargs)
+        if not generation.has_read_prompt:
+            raise UnsupportedCall(
+                "the soft prompt was not read: somebody has replaced prepare_inputs_for_generation since attach()"
+            )
+        return result
+
+    @contextmanager
+    def _in_generation(self, generation: Optional[_Generation]) -> Iterator[None]:
         outer = self._generation
-        self._thread.generation = _Generation(rows) if rows else None
+        self._thread.generation = generation
+        with self._lock:
+            self._running += generation is not None
         try:
-            if rows is not None:
-                kwargs = self._with_room_for(rows, args, kwargs)
-            return original(*args, **kwargs)
+            yield
         finally:
             self._thread.generation = outer
+            with self._lock:
+                self._running -= generation is not None
+                if self._detached and not self._running:
+                    self._undo()
+
+    def _refuse(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._chosen() is not None:
+            raise UnsupportedCall("continuous batching takes no soft prompts; use generate(), or clear the selection")
+        return original(*args, **kwargs)
 
     def _with_room_for(self, rows: _Rows, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Dict[str, Any]:
         """``kwargs`` with what the caller says per position widened by the soft tokens' positions."""
@@ -270,6 +315,12 @@ class SoftTokens:
                 raise UnsupportedCall(f"generate() was given a filled cache ({name}) together with a soft prompt")
         self._check_context(rows, args, kwargs)
         grown = dict(kwargs)
+        if not hasattr(self._model(), "_prefill"):
+            # Releases before 5.0 cut the cache back to the length of the text; without a helper that guesses
+            # ahead, the text is the same.
+            for helper in ("assistant_model", "prompt_lookup_num_tokens"):
+                if self._setting(helper, kwargs) is not None:
+                    grown[helper] = None
         if kwargs.get("attention_mask") is not None:
             grown["attention_mask"] = _grow_mask(kwargs["attention_mask"], rows.n_tokens)
         if kwargs.get("token_type_ids") is not None:
@@ -279,19 +330,30 @@ class SoftTokens:
         return grown
 
     def _check_context(self, rows: _Rows, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> None:
-        model = self._model()
-        context = context_of(model)
+        context = context_of(self._model())
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         if context is None or not isinstance(ids, torch.Tensor):
             return
         text = ids.shape[-1]
-        new = kwargs.get("max_new_tokens") or 1
+        new = self._setting("max_new_tokens", kwargs)
+        if new is None:
+            new = (self._setting("max_length", kwargs) or text + 1) - text
+        new = max(1, new)
+        # A host may ask for far more than the model could ever write, and stop by a rule of its own.
         fits_alone = text + new <= context
         if rows.n_tokens + text >= context or (fits_alone and rows.n_tokens + text + new > context):
             raise ContextExceeded(
                 f"{rows.n_tokens} soft tokens, {text} tokens of text and {new} new ones do not fit "
                 f"the model's context of {context}; shorten the text by {rows.n_tokens + text + new - context}"
             )
+
+    def _setting(self, name: str, kwargs: Dict[str, Any]) -> Any:
+        """What ``generate`` will take for one of its settings: the call's, its configuration's, the model's."""
+        if kwargs.get(name) is not None:
+            return kwargs[name]
+        model = self._model()
+        own = getattr(model, "generation_config", None) or getattr(model, "config", None)
+        return getattr(kwargs.get("generation_config") or own, name, None)
 
     def _infer_mask(self, original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         mask = original(*args, **kwargs)
@@ -325,7 +387,7 @@ class SoftTokens:
     ) -> Any:
         generation = self._generation
         if generation is not None and generation_config.prefill_chunk_size is not None:
-            model_kwargs = args[0] if args else kwargs["model_kwargs"]
+            model_kwargs = args[0] if args else kwargs.get("model_kwargs", kwargs)  # 4.57 spreads them
             input_ids = self._insert(generation.rows, input_ids, model_kwargs.get("attention_mask"))
             generation.inserted = True
             try:
@@ -374,29 +436,34 @@ class SoftTokens:
 
 
 class Seam(NamedTuple):
-    """A method of the model that is replaced on the instance."""
+    """A method of the model that is replaced on the instance, and by which of ours."""
 
     name: str
     adapter: str
-    what: str
 
 
+# What the generation adapter replaces, where the installed release has it.
 SEAMS = (
-    Seam("generate", "_generate", "Takes the snapshot; widens the caller's masks."),
-    Seam("_prepare_attention_mask_for_generation", "_infer_mask", "Widens the mask that transformers infers."),
-    Seam("prepare_inputs_for_generation", "_prepare_inputs", "Inserts the soft tokens when the prompt is read."),
-    Seam("_get_initial_cache_position", "_first_positions", "Counts the soft tokens' positions (4.44 to 4.57)."),
-    Seam("_prepare_cache_for_generation", "_make_cache", "Makes a static cache long enough (4.48 on)."),
-    Seam("_get_cache", "_make_cache", "Makes a static cache long enough (4.44)."),
-    Seam("_prefill", "_read_in_chunks", "Inserts them before a prompt is cut into chunks (5.x)."),
+    Seam("generate", "_generate"),  # takes the snapshot; widens the caller's masks
+    Seam("_prepare_attention_mask_for_generation", "_infer_mask"),  # widens the mask that transformers infers
+    Seam("prepare_inputs_for_generation", "_prepare_inputs"),  # inserts the soft tokens when the prompt is read
+    Seam("_get_initial_cache_position", "_first_positions"),  # 4.44 to 4.57: counts their positions
+    Seam("_prepare_cache_for_generation", "_make_cache"),  # from 4.48: makes a static cache long enough
+    Seam("_get_cache", "_make_cache"),  # 4.44: the same
+    Seam("_prefill", "_read_in_chunks"),  # from 5.0: inserts them before a prompt is cut into chunks
+    Seam("_prefill_chunking", "_read_in_chunks"),  # 4.57: the same
+    Seam("generate_batch", "_refuse"),  # reads ids without any of the above
+    Seam("init_continuous_batching", "_refuse"),
 )
-"""What the generation adapter replaces, where the installed release has it."""
 
 
 def _flat(softprompts: Tuple[SoftPrompts, ...]) -> Tuple[SoftPrompt, ...]:
     flat: List[SoftPrompt] = []
     for each in softprompts:
         flat.extend([each] if isinstance(each, SoftPrompt) else each)
+    for each in flat:
+        if not isinstance(each, SoftPrompt):
+            raise TypeError(f"expected a SoftPrompt, got {each!r}; SoftPrompt.load(path) reads one from a file")
     return tuple(flat)
 
 

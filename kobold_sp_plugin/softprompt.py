@@ -4,7 +4,7 @@ import json
 from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -71,7 +71,7 @@ class SoftPrompt:
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """What the file carries, read-only."""
+        """What the file carries; read-only, except what lists and objects in it hold."""
         return self._metadata
 
     @property
@@ -147,7 +147,10 @@ class SoftPrompt:
         )
 
     def __hash__(self) -> int:
-        return hash((self._rows.shape, self._rows.tobytes(), self._scale, self._order))
+        return hash((self._rows.shape, float(self._rows.sum()), self._scale, self._order))
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        return (SoftPrompt, (self._rows, dict(self._metadata), self._scale.value, self._order.value))
 
     def __repr__(self) -> str:
         return f"<SoftPrompt {self.name or 'unnamed'!r}: {self.n_tokens} tokens of width {self.width}>"
@@ -180,6 +183,8 @@ def declared(kind: Any, value: Any) -> Any:
 
 
 def _checked_rows(rows: Any) -> np.ndarray:
+    if hasattr(rows, "detach"):  # a torch tensor, perhaps with a gradient, perhaps bfloat16, perhaps on a GPU
+        rows = rows.detach().float().cpu().numpy() if rows.is_floating_point() else rows.detach().cpu().numpy()
     array = np.asarray(rows)
     if array.dtype.kind != "f":
         raise UnsupportedDtype(f"rows of dtype {array.dtype}", "a floating-point dtype")

@@ -17,12 +17,14 @@ from kobold_sp_plugin import SoftPrompt, attach
 from kobold_sp_plugin.errors import (
     ContextExceeded,
     NoEmbedding,
+    NotFinite,
     UnsupportedCall,
     UnsupportedModel,
     WidthMismatch,
 )
 
 HARD = [77, 12, 101, 5, 64]
+RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 TEXT = torch.tensor([[1, 17, 44, 90, 23, 8, 120]])
 
 
@@ -132,16 +134,23 @@ def test_several_are_read_in_order_each_where_it_belongs(llama_or_gptj):
     assert result[:, TEXT.shape[1] :].tolist() == expected[:, TEXT.shape[1] + 5 :].tolist()
 
 
-def test_a_static_cache_and_chunked_reading(llama_or_gptj):
-    if int(transformers.__version__.split(".")[0]) < 5:
-        pytest.skip("static caches in generate differ before 5.0")
-    model = llama_or_gptj
+@pytest.mark.parametrize(
+    ("since", "options"),
+    [
+        ((4, 44), {"cache_implementation": "static"}),
+        ((4, 57), {"prefill_chunk_size": 5}),
+        ((4, 40), {"prompt_lookup_num_tokens": 3}),
+    ],
+)
+def test_other_ways_of_reading_and_guessing_ahead(model, since, options):
+    if RELEASE < since:
+        pytest.skip("this release has it not, or in another form")
+    if "cache_implementation" in options and model.config.model_type in ("bloom", "opt", "gpt2", "gptj"):
+        pytest.skip("static caches came to this family by and by")
     expected = generate(model, in_front(HARD, TEXT))[:, len(HARD) :].tolist()
     handle = attach(model)
     handle.select(rows_of(model, HARD))
-    assert generate(model, TEXT, cache_implementation="static").tolist() == expected
-    assert generate(model, TEXT, prefill_chunk_size=5).tolist() == expected
-    assert generate(model, TEXT, prompt_lookup_num_tokens=3).tolist() == expected
+    assert generate(model, TEXT, **options).tolist() == expected
 
 
 # Nobody else sees a soft token
@@ -172,11 +181,7 @@ class WatchingRule(StoppingCriteria):
 
     def __call__(self, input_ids, scores, **kwargs):
         self.witness.seen.append(input_ids.clone())
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool) if _wants_tensors() else False
-
-
-def _wants_tensors():
-    return tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (4, 39)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool) if RELEASE >= (4, 39) else False
 
 
 def test_processors_stopping_rules_streamers_and_results_see_text_only(model):
@@ -400,9 +405,13 @@ def test_ids_of_what_is_no_longer_selected_do_not_read_as_something_else(llama_o
 
 def test_a_thousand_selections_leave_no_rows_behind(llama_or_gptj):
     handle = attach(llama_or_gptj)
+    gone = []
     for number in range(1000):
-        handle.select(SoftPrompt(rows=np.full((3, 32), 1.0 + number, dtype=np.float32)))
-    assert handle._table.size == 3
+        softprompt = SoftPrompt(rows=np.full((3, 32), 1.0 + number, dtype=np.float32))
+        with handle.override(softprompt):
+            handle.select(softprompt)
+        gone.append(weakref.ref(handle._selected))
+    assert [ref() is None for ref in gone] == [True] * 999 + [False]
 
 
 # Cost
@@ -455,7 +464,95 @@ def test_a_forward_pass_compiles_without_a_graph_break(llama_or_gptj, random_pro
     assert torch.equal(compiled(ids), expected)
 
 
+def test_what_is_read_between_two_steps_may_hold_soft_tokens(llama_or_gptj, random_prompt):
+    model = llama_or_gptj
+    handle = attach(model)
+    handle.select(random_prompt)
+    expected = model(**handle.prepend(TEXT)).logits
+    seen = []
+
+    class Reads(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            seen.append(model(**handle.prepend(TEXT)).logits)
+            return scores
+
+    generate(model, TEXT, logits_processor=LogitsProcessorList([Reads()]))
+    assert len(seen) > 2 and all(torch.equal(each, expected) for each in seen)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_detached_in_the_middle_it_goes_when_the_generation_ends(llama_or_gptj, random_prompt, use_cache):
+    model = llama_or_gptj
+    handle = attach(model)
+    handle.select(random_prompt)
+    expected = generate(model, TEXT, use_cache=use_cache).tolist()
+    processors = LogitsProcessorList([SelectsMidway(handle.detach)])
+    assert generate(model, TEXT, use_cache=use_cache, logits_processor=processors).tolist() == expected
+    assert "generate" not in vars(model) and attach(model) is not handle
+
+
+def test_attach_from_many_threads_makes_one_handle(llama_or_gptj):
+    barrier, handles = threading.Barrier(4), []
+
+    def work():
+        barrier.wait()
+        handles.append(attach(llama_or_gptj))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert len(set(map(id, handles))) == 1
+
+
 # Refusals
+
+
+def test_a_resized_or_replaced_embedding_is_refused(llama_or_gptj, random_prompt):
+    model = llama_or_gptj
+    handle = attach(model)
+    handle.select(random_prompt)
+    model.resize_token_embeddings(VOCABULARY + 9)
+    for act in (lambda: generate(model, TEXT), lambda: handle.select(random_prompt, random_prompt)):
+        with pytest.raises(UnsupportedCall, match="replaced or resized"):
+            act()
+    handle.detach()
+    attach(model).select(random_prompt)
+    generate(model, TEXT)
+
+
+def test_an_adapter_that_somebody_took_away_is_noticed(llama_or_gptj, random_prompt):
+    model = llama_or_gptj
+    attach(model).select(random_prompt)
+    model.prepare_inputs_for_generation = type(model).prepare_inputs_for_generation.__get__(model)
+    with pytest.raises((UnsupportedCall, RuntimeError, IndexError, ValueError)):
+        generate(model, TEXT)
+
+
+def test_one_embedding_has_one_handle(llama_or_gptj):
+    attach(llama_or_gptj)
+    with pytest.raises(UnsupportedModel, match="belongs to a model attached before"):
+        attach(llama_or_gptj.base_model)
+
+
+def test_values_that_the_models_dtype_cannot_hold_are_refused():
+    model = tiny_model("gpt2").half()
+    with pytest.raises(NotFinite, match="100000"):
+        attach(model).select(SoftPrompt(rows=np.full((2, 32), 1e5, dtype=np.float32), metadata={"name": "loud"}))
+
+
+def test_continuous_batching_is_refused(llama_or_gptj, random_prompt):
+    if not hasattr(llama_or_gptj, "generate_batch"):
+        pytest.skip("this release has no continuous batching")
+    attach(llama_or_gptj).select(random_prompt)
+    with pytest.raises(UnsupportedCall, match="continuous batching"):
+        llama_or_gptj.generate_batch([TEXT[0].tolist()])
+
+
+def test_a_file_name_is_no_soft_prompt(llama_or_gptj):
+    with pytest.raises(TypeError, match=r"SoftPrompt\.load"):
+        attach(llama_or_gptj).select("noir.zip")
 
 
 def test_a_soft_prompt_of_another_width_is_refused_and_the_selection_stays(llama_or_gptj, random_prompt):
@@ -475,6 +572,12 @@ def test_what_does_not_fit_the_context_is_refused_before_anything_is_generated(m
     ids = TEXT.repeat(1, 4 if new == 1 else 2)
     with pytest.raises(ContextExceeded, match="100 soft tokens"):
         generate(model, ids, max_new_tokens=new)
+    with pytest.raises(ContextExceeded, match=f"{new} new"):
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_length=ids.shape[1] + new)
+    if hasattr(transformers, "GenerationConfig"):
+        config = transformers.GenerationConfig(max_new_tokens=new)
+        with pytest.raises(ContextExceeded, match=f"{new} new"):
+            model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
 
 
 def test_embeddings_and_filled_caches_are_refused(llama_or_gptj, random_prompt):

@@ -1,7 +1,11 @@
 """The value itself."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
+import torch
 from zips import rows_of
 
 from kobold_sp_plugin import SoftPrompt
@@ -94,3 +98,21 @@ def test_saved_and_loaded(tmp_path):
     loaded = SoftPrompt.load(str(tmp_path / "noir.zip"))
     assert np.array_equal(loaded.rows, softprompt.rows)
     assert loaded.metadata == {**softprompt.metadata, "kobold_sp_plugin": {"scale": "matrix", "order": "before_bos"}}
+
+
+def test_it_can_be_copied_and_sent_to_another_process():
+    softprompt = SoftPrompt(rows_of(), {"name": "Noir"}, scale="module", order="after_bos")
+    assert copy.deepcopy(softprompt) == softprompt == pickle.loads(pickle.dumps(softprompt))
+
+
+def test_equal_ones_have_equal_hashes():
+    zero, minus_zero = (SoftPrompt(np.array([[value, 1.0]], dtype=np.float32)) for value in (0.0, -0.0))
+    assert zero == minus_zero and hash(zero) == hash(minus_zero)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_rows_may_be_a_torch_parameter(dtype):
+    rows = torch.nn.Parameter(torch.tensor(rows_of()).to(dtype))
+    assert np.array_equal(SoftPrompt(rows).rows, rows.detach().float().numpy())
+    with pytest.raises(UnsupportedDtype):
+        SoftPrompt(torch.ones(2, 3, dtype=torch.long))

@@ -304,7 +304,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, help="folder for model/ and softprompts/ (default: in place)")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="the shipped files were made with 1")
     parsed = parser.parse_args(arguments)
     torch.set_num_threads(parsed.threads)
     if parsed.output is None:

@@ -36,6 +36,9 @@ PROBES = (
 )
 """Beginnings that leave open what follows; the effect is measured on them."""
 
+_RANDOM = threading.Lock()
+"""torch draws from one stream per process: one generation at a time sets it and draws from it."""
+
 _Piece = Union[str, BaseException, None]
 """Text; None at the end; or the error that ended it."""
 
@@ -113,7 +116,7 @@ class TransformersEngine:
             model = self._existing()  # not before: who waits for the lock must not keep a model alive
             handle = attach(model)
             for probe in PROBES:
-                ids = torch.tensor([self._ids(probe)], device=model.device)
+                ids = torch.tensor([self._ids(probe)], device=_device_of(model))
                 with handle.override():
                     without = _next_token(model, handle, ids)
                 with handle.override(softprompts):
@@ -193,17 +196,19 @@ class TransformersEngine:
         watcher: "_Watcher",
     ) -> None:
         model = self._existing()
-        device = model.device
+        device = _device_of(model)
         input_ids = torch.tensor([ids], device=device)
         gpus = [device.index or 0] if device.type == "cuda" else []
         seed = secrets.randbits(63) if settings.seed is None else settings.seed
-        with handle.override(softprompts), torch.no_grad(), torch.random.fork_rng(devices=gpus):
+        with _RANDOM, handle.override(softprompts), torch.no_grad(), torch.random.fork_rng(devices=gpus):
             torch.manual_seed(seed)  # torch draws from one stream per process; it is given back as it was
             output = model.generate(
                 input_ids=input_ids,
                 attention_mask=torch.ones_like(input_ids),
                 max_new_tokens=settings.max_length,
                 num_beams=1,
+                num_return_sequences=1,
+                return_dict_in_generate=False,
                 pad_token_id=self._pad_id(),
                 stopping_criteria=StoppingCriteriaList([watcher]),
                 **_sampling(settings),
@@ -265,7 +270,7 @@ class TransformersEngine:
 
 
 def _sampling(settings: GenerationSettings) -> Dict[str, Any]:
-    """The settings in transformers' words. All are said: a model's own defaults must not add to them."""
+    """The settings in transformers' words; what none of them says is as the model's own configuration has it."""
     if min(settings.temperature, settings.top_p) < GREEDY_BELOW:
         return {"do_sample": False, "repetition_penalty": settings.rep_pen}
     return {
@@ -276,6 +281,13 @@ def _sampling(settings: GenerationSettings) -> Dict[str, Any]:
         "typical_p": max(settings.typical, 1e-6),  # a mass of 0 is refused, and means the same
         "repetition_penalty": settings.rep_pen,
     }
+
+
+def _device_of(model: Any) -> torch.device:
+    """Where the model takes its ids; the weights of an offloaded one are on no device."""
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    return model.device if device is None else torch.device(device)
 
 
 def _next_token(model: Any, handle: SoftTokens, input_ids: torch.Tensor) -> torch.Tensor:
