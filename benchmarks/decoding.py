@@ -46,9 +46,7 @@ def class_wide_patch(rows):
         own = self.num_embeddings
         embedded = call(self, ids.clamp(max=own - 1), *args, **kwargs)
         soft = table.to(embedded.dtype).to(embedded.device)
-        return torch.where(
-            (ids >= own).unsqueeze(-1), soft[(ids - own).clamp(min=0, max=len(soft) - 1)], embedded
-        )
+        return torch.where((ids >= own).unsqueeze(-1), soft[(ids - own).clamp(min=0, max=len(soft) - 1)], embedded)
 
     torch.nn.Embedding.__call__ = patched
     try:

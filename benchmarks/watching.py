@@ -83,7 +83,8 @@ def report(what: str, measured: List[float]) -> None:
 
 def run_client(url: str, events: Any) -> None:
     """A client in a process of its own: says over the pipe ``events`` that the menu's state has arrived."""
-    client = socketio.Client()
+    # This client would check a text's UTF-8 byte by byte in Python, which no browser does.
+    client = socketio.Client(websocket_extra_options={"skip_utf8_validation": True})
     client.on("softprompts", lambda status: events.send(len(status["entries"])))
     client.connect(url, transports=["websocket"])
     client.wait()

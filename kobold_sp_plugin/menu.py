@@ -137,7 +137,7 @@ EVENTS: Tuple[Event, ...] = (
     Event(
         "message",
         "in",
-        "`{\"cmd\": \"splistrequest\", \"data\": \"\"}`",
+        '`{"cmd": "splistrequest", "data": ""}`',
         "Asks for the usable soft prompts.",
         "KoboldAI, old page",
     ),

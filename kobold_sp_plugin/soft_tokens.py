@@ -218,8 +218,7 @@ class SoftTokens:
         for each in softprompts:
             if each.width != self._width:
                 raise WidthMismatch(
-                    f"{each.name or 'the soft prompt'} was made for {each.width} columns, "
-                    f"this model has {self._width}"
+                    f"{each.name or 'the soft prompt'} was made for {each.width} columns, this model has {self._width}"
                 )
         current = self._selected
         if current is not None and current.softprompts == softprompts:
@@ -396,9 +395,7 @@ class SoftTokens:
                 generation.inserted = False
         return original(input_ids, generation_config, *args, **kwargs)
 
-    def _prepare_inputs(
-        self, original: Callable[..., Any], input_ids: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
+    def _prepare_inputs(self, original: Callable[..., Any], input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         generation = self._generation
         if generation is None:
             return original(input_ids, *args, **kwargs)

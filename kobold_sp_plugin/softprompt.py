@@ -38,7 +38,34 @@ class Order(str, Enum):
         return self.value
 
 
-class SoftPrompt:
+class WithMetadata:
+    """What a soft prompt, or its file, says of itself in its metadata, as text for a menu."""
+
+    __slots__ = ()
+    metadata: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The name that the file gives itself, or ""."""
+        return text_of(self.metadata.get("name"))
+
+    @property
+    def author(self) -> str:
+        """Author or authors, joined by commas, or ""."""
+        return ", ".join(texts_of(self.metadata.get("author")))
+
+    @property
+    def supported(self) -> List[str]:
+        """Names of the models it was made for, as the file gives them."""
+        return texts_of(self.metadata.get("supported"))
+
+    @property
+    def description(self) -> str:
+        """The description that the file gives, or ""."""
+        return text_of(self.metadata.get("description"))
+
+
+class SoftPrompt(WithMetadata):
     """A matrix of rows that a language model reads as its first embedded tokens, and what is known of it.
 
     ``rows``: float32 ``[n_tokens, width]``, read-only, finite. ``metadata``: what the file carries,
@@ -70,7 +97,7 @@ class SoftPrompt:
         return self._rows
 
     @property
-    def metadata(self) -> Mapping[str, Any]:
+    def metadata(self) -> Mapping[str, Any]:  # type: ignore[override]
         """What the file carries; read-only, except what lists and objects in it hold."""
         return self._metadata
 
@@ -93,26 +120,6 @@ class SoftPrompt:
     def width(self) -> int:
         """Columns; has to equal the width of the model's embedding module."""
         return int(self._rows.shape[1])
-
-    @property
-    def name(self) -> str:
-        """The name that the file gives itself, or ""."""
-        return text_of(self._metadata.get("name"))
-
-    @property
-    def author(self) -> str:
-        """Author or authors, joined by commas, or ""."""
-        return ", ".join(texts_of(self._metadata.get("author")))
-
-    @property
-    def supported(self) -> List[str]:
-        """Names of the models it was made for, as the file gives them."""
-        return texts_of(self._metadata.get("supported"))
-
-    @property
-    def description(self) -> str:
-        """The description that the file gives, or ""."""
-        return text_of(self._metadata.get("description"))
 
     @classmethod
     def load(cls, path: Union[str, Path]) -> "SoftPrompt":

@@ -60,9 +60,9 @@ def tiny_model(family, seed=0, **overrides):
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(8.0 if family in ("gpt2", "opt", "gptj", "bloom") else 5.0)
-    model.generation_config = transformers.GenerationConfig.from_model_config(config) if hasattr(
-        transformers, "GenerationConfig"
-    ) else None
+    model.generation_config = (
+        transformers.GenerationConfig.from_model_config(config) if hasattr(transformers, "GenerationConfig") else None
+    )
     return model.eval()
 
 

@@ -121,7 +121,6 @@ class TestList:
         monkeypatch.chdir(folder.parent)
         assert "noir.zip" in run("list", "--model", model_folder).output
 
-
     def test_nothing_named_means_the_samples_and_the_demonstration_model(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         listed = json.loads(run("list", "--json").output)

@@ -61,9 +61,7 @@ class Host:
         return [
             each
             for name, each, receiver in self.sent
-            if name == event
-            and to in (..., receiver)
-            and all(each.get(key) == value for key, value in payload.items())
+            if name == event and to in (..., receiver) and all(each.get(key) == value for key, value in payload.items())
         ]
 
     def hears(self, event, to=..., seconds=5, **payload):

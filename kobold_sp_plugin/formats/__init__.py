@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Iterator, List, Mapping, Optional, Union
+from typing import Any, Iterator, Mapping, Optional, Union
 
 from ..errors import CorruptMember, FormatError, NotASoftPromptFile
-from ..softprompt import Order, Scale, SoftPrompt, declared, own_metadata, text_of, texts_of
+from ..softprompt import Order, Scale, SoftPrompt, WithMetadata, declared, own_metadata
 from . import folder, kobold_zip, metadata, npy
 from .source import Source
 
@@ -20,7 +20,7 @@ __all__ = ["Header", "load", "read_header", "save"]
 
 
 @dataclass(frozen=True)
-class Header:
+class Header(WithMetadata):
     """What a soft prompt file says of itself, read without its rows."""
 
     n_tokens: int
@@ -32,26 +32,6 @@ class Header:
     order: Order
     checksum: Optional[int] = field(default=None, repr=False)
     """CRC-32 of the tensor, where the file tells it without the rows being read."""
-
-    @property
-    def name(self) -> str:
-        """The name that the file gives itself, or ""."""
-        return text_of(self.metadata.get("name"))
-
-    @property
-    def author(self) -> str:
-        """Author or authors, joined by commas, or ""."""
-        return ", ".join(texts_of(self.metadata.get("author")))
-
-    @property
-    def supported(self) -> List[str]:
-        """Names of the models it was made for, as the file gives them."""
-        return texts_of(self.metadata.get("supported"))
-
-    @property
-    def description(self) -> str:
-        """The description that the file gives, or ""."""
-        return text_of(self.metadata.get("description"))
 
 
 def load(path: Union[str, Path]) -> SoftPrompt:

@@ -256,7 +256,7 @@ def test_the_story_streams_and_can_be_stopped_taken_back_and_written_again(page)
     expect(page.locator("#submit")).to_be_visible()
     first = page.input_value("#story")
     assert first.startswith(opening + " ")
-    assert page.locator(".fresh").text_content() == first[len(opening):]
+    assert page.locator(".fresh").text_content() == first[len(opening) :]
     time.sleep(0.3)
     assert page.input_value("#story") == first  # nothing comes after the stop
 
