@@ -1,8 +1,11 @@
 """Tiny random models of the families that tests need, and a tokenizer trained on the spot."""
 
+import numpy as np
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from kobold_sp_plugin import SoftPrompt
 
 VOCABULARY = 131
 COMMON = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -48,6 +51,9 @@ CONFIGS = {
 }
 FAMILIES = [family for family, (prefix, _) in CONFIGS.items() if hasattr(transformers, f"{prefix}Config")]
 
+FAMILY = "llama" if "llama" in FAMILIES else "gptj"
+"""The one to use where any will do: 4.24 has no Llama."""
+
 
 def tiny_model(family, seed=0, **overrides):
     """A random model whose continuations vary: the usual initialisation repeats one token for ever."""
@@ -80,3 +86,9 @@ def tiny_tokenizer():
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
+
+
+def softprompt(seed=0, n_tokens=4, width=32, **metadata):
+    """A random soft prompt; of the tiny models' width unless told otherwise."""
+    rows = np.random.default_rng(seed).normal(size=(n_tokens, width)).astype(np.float32)
+    return SoftPrompt(rows, metadata)

@@ -12,13 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from models import FAMILIES, tiny_model, tiny_tokenizer
+from models import FAMILY, tiny_model, tiny_tokenizer
 
 from kobold_sp_plugin import SoftPrompt, cli
 from kobold_sp_plugin.cli import main
 
 ROOT = Path(cli.__file__).resolve().parents[1]
-FAMILY = "llama" if "llama" in FAMILIES else "gptj"
 
 
 @pytest.fixture(scope="module")

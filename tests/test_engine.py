@@ -7,14 +7,13 @@ from contextlib import closing
 import numpy as np
 import pytest
 import torch
-from models import FAMILIES, tiny_model, tiny_tokenizer
+from models import FAMILY, tiny_model, tiny_tokenizer
 
 from kobold_sp_plugin import SoftPrompt, attach
 from kobold_sp_plugin.engines import GenerationSettings
 from kobold_sp_plugin.engines.transformers import PROBES, TransformersEngine, _Text, load_transformers
 from kobold_sp_plugin.errors import ContextExceeded, ModelError, NoModel, UnsupportedCall
 
-FAMILY = "llama" if "llama" in FAMILIES else "gptj"
 GREEDY = {"temperature": 0.0}
 
 

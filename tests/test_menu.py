@@ -2,22 +2,14 @@ import html
 import threading
 import time
 
-import numpy as np
 import pytest
-from models import FAMILIES, tiny_model, tiny_tokenizer
+from models import FAMILY, softprompt, tiny_model, tiny_tokenizer
 
-from kobold_sp_plugin import SoftPrompt
 from kobold_sp_plugin.engines.transformers import TransformersEngine
 from kobold_sp_plugin.menu import EVENTS, OLD_UI, UI2, Menu, events_table
 from kobold_sp_plugin.session import Session
 
-FAMILY = "llama" if "llama" in FAMILIES else "gptj"
 EVIL = "<img src=x onerror=alert(1)>"
-
-
-def softprompt(seed=0, n_tokens=4, width=32, **metadata):
-    rows = np.random.default_rng(seed).normal(size=(n_tokens, width)).astype(np.float32)
-    return SoftPrompt(rows, metadata)
 
 
 @pytest.fixture(scope="module")

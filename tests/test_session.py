@@ -4,11 +4,10 @@ import shutil
 import threading
 import time
 
-import numpy as np
 import pytest
-from models import FAMILIES, tiny_model, tiny_tokenizer
+from models import FAMILY, softprompt, tiny_model, tiny_tokenizer
 
-from kobold_sp_plugin import SoftPrompt, attach
+from kobold_sp_plugin import attach
 from kobold_sp_plugin.compatibility import ModelFacts
 from kobold_sp_plugin.engines import GenerationSettings
 from kobold_sp_plugin.engines.transformers import TransformersEngine
@@ -22,13 +21,6 @@ from kobold_sp_plugin.errors import (
     UnknownSoftPrompt,
 )
 from kobold_sp_plugin.session import Session
-
-FAMILY = "llama" if "llama" in FAMILIES else "gptj"
-
-
-def softprompt(seed=0, n_tokens=4, width=32, **metadata):
-    rows = np.random.default_rng(seed).normal(size=(n_tokens, width)).astype(np.float32)
-    return SoftPrompt(rows, metadata)
 
 
 @pytest.fixture(scope="module")

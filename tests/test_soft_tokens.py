@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from models import FAMILIES, VOCABULARY, tiny_model, tiny_tokenizer
+from models import FAMILIES, FAMILY, VOCABULARY, tiny_model, tiny_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
@@ -49,7 +49,7 @@ def model(request):
 
 @pytest.fixture
 def llama_or_gptj():
-    return tiny_model("llama" if "llama" in FAMILIES else "gptj")
+    return tiny_model(FAMILY)
 
 
 @pytest.fixture
