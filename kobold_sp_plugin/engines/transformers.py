@@ -60,7 +60,11 @@ def load_transformers(path: Union[str, Path]) -> Tuple[Any, Any, str]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
         model = AutoModelForCausalLM.from_pretrained(str(path), **auto_dtype)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except KeyError as error:  # how releases before 4.30 say it
+        raise ModelError(
+            f"{path} cannot be loaded: transformers {transformers_version} knows no models of the type {error}"
+        ) from error
+    except (OSError, ValueError, ImportError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"{path} cannot be loaded as a causal language model: {lines[0]}") from error
     model = model.to("cuda") if torch.cuda.is_available() else model.float()
