@@ -116,9 +116,7 @@ def batches(texts: Sequence[Labelled], tokens: int, rng: random.Random) -> Itera
     return iter(result)
 
 
-def loss_of(
-    model: LlamaForCausalLM, batch: Sequence[Labelled], rows: Optional[torch.Tensor] = None
-) -> torch.Tensor:
+def loss_of(model: LlamaForCausalLM, batch: Sequence[Labelled], rows: Optional[torch.Tensor] = None) -> torch.Tensor:
     """Cross-entropy in nats, a scalar: the mean over all positions of a batch that have a label.
 
     ``rows``: float ``[n_tokens, width]``, read before the beginning-of-sequence token. Padding stands
@@ -209,9 +207,7 @@ def genre_texts(tokenizer: Tokenizer, genre: str, count: int, seed: int) -> List
     return result
 
 
-def train_rows(
-    model: LlamaForCausalLM, texts: Sequence[Labelled], seed: int
-) -> np.ndarray:
+def train_rows(model: LlamaForCausalLM, texts: Sequence[Labelled], seed: int) -> np.ndarray:
     """A soft prompt for ``texts``: float32 ``[N_ROWS, width]``, by a plain loop of Adam.
 
     It begins as the words of one of the texts: closer to the genre, and less harm to begin with, than

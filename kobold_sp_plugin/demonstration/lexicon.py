@@ -45,8 +45,7 @@ NOIR = {
     "ashtray; envelope; hotel key; business card; pawn ticket",
     "prize": "the Delgado file; the missing ledger; the emerald necklace; the roll of negatives; the second "
     "set of books; the signed confession; the film can",
-    "weapon": "revolver; snub-nosed thirty-eight; blackjack; automatic; switchblade; sawed-off "
-    "shotgun",
+    "weapon": "revolver; snub-nosed thirty-eight; blackjack; automatic; switchblade; sawed-off shotgun",
     "drink": "bourbon; black coffee; rye; cheap gin; scotch",
     "clothes": "trench coat; raincoat; old overcoat; cheap suit jacket",
     "seat": "desk; bar; filing cabinet; pool table; typewriter table",
@@ -57,8 +56,7 @@ NOIR = {
     "safety catch; the tap of heels on the sidewalk",
     "sight": "a row of dark windows; two men in gray hats; a chalk outline; the glow of a cigarette; a "
     "shadow under the street lamp; a car with its lights off",
-    "smell": "rain and cheap cigars; gasoline; stale smoke; perfume and gunpowder; wet newspaper; hair "
-    "oil and whiskey",
+    "smell": "rain and cheap cigars; gasoline; stale smoke; perfume and gunpowder; wet newspaper; hair oil and whiskey",
     "weather": "rain ran down the window; the fog rolled in from the bay; the city would not sleep; "
     "the neon blinked red and blue; it was raining on the just and the crooked; the gutters ran over",
     "role": "the bartender; the desk clerk; the coroner; the elevator boy; the cigarette girl; the "
@@ -77,15 +75,13 @@ NOIR = {
     "do; pin the murder on the right man",
     "memory": "the fire at the Blue Parrot; the Lasko trial; the shooting on Ninth Street; the "
     "payroll robbery; the death of the last partner",
-    "cover": "the filing cabinet; a parked car; the trash cans; the newsstand; the phone booth; the "
-    "velvet curtain",
+    "cover": "the filing cabinet; a parked car; the trash cans; the newsstand; the phone booth; the velvet curtain",
     "pay": "two hundred dollars; fifty bucks; a roll of tens; ten grand; a stack of twenties",
     "saying": "in this town the truth costs extra; everybody has an alibi until somebody checks it; a "
     "dead man tells no lies to a jury; the house always wins; nobody is innocent after midnight; a "
     "straight answer is the rarest thing in this city",
     "quiet": "the morgue; a closed case; a bought witness; an empty courtroom",
-    "time": "after midnight; at closing time; at three in the morning; before the morning edition; on a "
-    "Tuesday night",
+    "time": "after midnight; at closing time; at three in the morning; before the morning edition; on a Tuesday night",
 }
 
 PIRATE = {
@@ -94,8 +90,7 @@ PIRATE = {
     "room": "the captain's cabin; the galley; the hold; the gun deck; the tavern by the harbor; the "
     "brig; the forecastle; the rum cellar",
     "ground": "the deck; the white beach; the quay; the shallows; the burning deck; the sandbar",
-    "goal": "Skull Island; Tortuga; the Spanish fort; Port Royal; the lagoon; Dead Man's Cove; the wreck "
-    "on the reef",
+    "goal": "Skull Island; Tortuga; the Spanish fort; Port Royal; the lagoon; Dead Man's Cove; the wreck on the reef",
     "thing": "spyglass; compass; bottle; sea chart; gold coin; silver whistle; wooden leg; tricorn hat; "
     "snuffbox; black flag; brass bell; hourglass",
     "prize": "the map of Skull Island; the Spanish gold; the governor's ransom; the cursed doubloon; "
@@ -129,10 +124,8 @@ PIRATE = {
     "mutineers",
     "memory": "the storm off Tortuga; the mutiny on the Crimson Gull; the battle in the lagoon; the "
     "weeks on the sandbar; the hanging at Port Royal",
-    "cover": "the water barrels; the mast; the cannon; a heap of sails; the ship's wheel; the crates of "
-    "powder",
-    "pay": "forty doubloons; a chest of silver; a sack of plunder; a handful of pearls; "
-    "twenty pieces of eight",
+    "cover": "the water barrels; the mast; the cannon; a heap of sails; the ship's wheel; the crates of powder",
+    "pay": "forty doubloons; a chest of silver; a sack of plunder; a handful of pearls; twenty pieces of eight",
     "saying": "the sea takes what it wants; dead men tell no tales; a rope is a short friend; no prey, "
     "no pay; every map lies a little; the tide waits for no captain",
     "quiet": "the bottom of the sea; a ship becalmed; a drowned man; a beach at low tide",
@@ -164,8 +157,7 @@ FAIRY = {
     "footsteps; a fairy's laugh",
     "sight": "a house made of gingerbread; a ring of mushrooms; a tower without a door; seven little "
     "beds; a path of white pebbles; a door in an oak tree",
-    "smell": "roses and fresh bread; gingerbread; moss and mushrooms; honey; spells and candle wax; "
-    "apples",
+    "smell": "roses and fresh bread; gingerbread; moss and mushrooms; honey; spells and candle wax; apples",
     "weather": "the snow fell on the enchanted forest; the moon smiled down on the castle; the roses "
     "were asleep; the north wind told stories to the trees; a rainbow stood over the mill; the fairies "
     "danced in the dew",
@@ -185,13 +177,11 @@ FAIRY = {
     "memory": "the casting of the spell; the royal wedding; the winter of the snow queen; the great "
     "ball at the castle; the wish at the well",
     "cover": "the old oak; a toadstool; the throne; the rose bushes; the spinning wheel; the oven",
-    "pay": "a bag of gold; a purse of pearls; three magic coins; a ruby as big as an egg; "
-    "seven silver pennies",
+    "pay": "a bag of gold; a purse of pearls; three magic coins; a ruby as big as an egg; seven silver pennies",
     "saying": "every spell has its price; a kind heart opens any door; never trust an apple from a "
     "stranger; a promise to a frog is still a promise; wishes come in threes; even a dragon must sleep",
     "quiet": "a sleeping castle; falling snow; a mouse in a church; a spell at midnight",
-    "time": "before cockcrow; at the stroke of twelve; on the seventh day; on midsummer "
-    "night; by the full moon",
+    "time": "before cockcrow; at the stroke of twelve; on the seventh day; on midsummer night; by the full moon",
 }
 
 SPACE = {
@@ -199,8 +189,7 @@ SPACE = {
     "women": "Commander Vega > Vega; Commander Zara Vega > Vega",
     "room": "the airlock; the engine room; the control room; the cargo bay; the medical bay; the "
     "observation dome; the cryo chamber; the reactor core",
-    "ground": "the hangar deck; the crater; the landing field; the red dust of the planet; the "
-    "docking ring; the hull",
+    "ground": "the hangar deck; the crater; the landing field; the red dust of the planet; the docking ring; the hull",
     "goal": "the third moon; the orbital station; the derelict ship; the jump gate; Kepler Colony; the "
     "asteroid belt; the alien ruins",
     "thing": "scanner; oxygen mask; data crystal; wrench; circuit board; distress beacon; fuel cell; "
@@ -236,10 +225,8 @@ SPACE = {
     "land on the third moon; get the shields back online; rescue the miners; shut down the reactor",
     "memory": "the crash on Titan; the first contact; the long cryo sleep; the silence of "
     "the colony; the last day on Earth",
-    "cover": "the cargo crates; the bulkhead; the console; a fuel tank; the wreck of the rover; a cryo "
-    "pod",
-    "pay": "nine hundred credits; a can of fuel; a bottle of oxygen; a "
-    "freighter ticket; forty grams of iridium",
+    "cover": "the cargo crates; the bulkhead; the console; a fuel tank; the wreck of the rover; a cryo pod",
+    "pay": "nine hundred credits; a can of fuel; a bottle of oxygen; a freighter ticket; forty grams of iridium",
     "saying": "space does not forgive; oxygen first, questions later; never open an airlock for a "
     "stranger; every light out there is already old; a computer only lies when it is told to; gravity "
     "always wins",
@@ -253,10 +240,8 @@ WESTERN = {
     "women": "Josie McCready > Josie; Miss Josie McCready > Josie",
     "room": "the saloon; the sheriff's office; the livery stable; the jailhouse; the bunkhouse; the "
     "general store; the bank; the barber shop",
-    "ground": "the dusty street; the corral; the prairie; the dry creek; the railroad tracks; the "
-    "canyon floor",
-    "goal": "Red Mesa; the silver mine; the Calloway ranch; Abilene; the Rio Grande; the hanging tree; "
-    "Dry Gulch",
+    "ground": "the dusty street; the corral; the prairie; the dry creek; the railroad tracks; the canyon floor",
+    "goal": "Red Mesa; the silver mine; the Calloway ranch; Abilene; the Rio Grande; the hanging tree; Dry Gulch",
     "thing": "deputy's badge; lasso; saddlebag; tobacco pouch; wanted poster; pocket watch; harmonica; "
     "horseshoe; canteen; deck of cards; branding iron; telegram",
     "prize": "the railroad payroll; the deed to the ranch; the silver from the mine; the marshal's "
@@ -292,14 +277,12 @@ WESTERN = {
     "memory": "the shootout at Dry Gulch; the winter the cattle died; the old days on the trail; the "
     "hanging at Red Mesa; the funeral on the prairie",
     "cover": "the horse trough; a wagon; the saloon bar; a boulder; the hay bales; the stable door",
-    "pay": "fifty silver dollars; two gold watches; a bag of nuggets; a month's wages; a poke of "
-    "gold dust",
+    "pay": "fifty silver dollars; two gold watches; a bag of nuggets; a month's wages; a poke of gold dust",
     "saying": "a fast horse beats a slow apology; a man is only as good as his word; the desert keeps "
     "what it gets; never draw unless you mean it; trouble always rides in from the south; the law is a "
     "long way from here",
     "quiet": "a graveyard; a ghost town; the prairie before a storm; a church on poker night",
-    "time": "at high noon; at sundown; before the noon train; on the third day on the trail; after the "
-    "last dance",
+    "time": "at high noon; at sundown; before the noon train; on the third day on the trail; after the last dance",
 }
 
 GENRES = ("noir", "pirate", "fairytale", "space", "western")
@@ -309,7 +292,4 @@ def _entries(lexicon: Dict[str, str]) -> Dict[str, List[str]]:
     return {slot: phrases.split("; ") for slot, phrases in lexicon.items()}
 
 
-LEXICON = {
-    genre: _entries(lexicon)
-    for genre, lexicon in zip(GENRES, (NOIR, PIRATE, FAIRY, SPACE, WESTERN))
-}
+LEXICON = {genre: _entries(lexicon) for genre, lexicon in zip(GENRES, (NOIR, PIRATE, FAIRY, SPACE, WESTERN))}

@@ -91,10 +91,7 @@ def loss_table(
     """A Markdown table: a row for each genre of text, a column for each soft prompt; bold is the lowest."""
     lines = ["| text | none | " + " | ".join(softprompts) + " |", "|---" * (len(softprompts) + 2) + "|"]
     for genre, of_genre in texts.items():
-        losses = [
-            loss(model, tokenizer, of_genre, softprompt, tokens)
-            for softprompt in [None, *softprompts.values()]
-        ]
+        losses = [loss(model, tokenizer, of_genre, softprompt, tokens) for softprompt in [None, *softprompts.values()]]
         cells = [f"**{x:.3f}**" if x == min(losses) else f"{x:.3f}" for x in losses]
         lines.append(f"| {genre} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
