@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+pytest.importorskip("transformers", "4.28", "The demonstration model is a Llama, which came with transformers 4.28")
+
 from kobold_sp_plugin import SoftPrompt
 from kobold_sp_plugin.compatibility import Verdict, facts, judge
 from kobold_sp_plugin.demonstration import MODEL, build, report
