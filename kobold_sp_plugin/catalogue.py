@@ -6,6 +6,7 @@ import re
 import stat
 import threading
 import time
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
@@ -22,7 +23,10 @@ EXTENSIONS = (".zip", ".npy", ".json", ".mtjsp", ".safetensors", ".pt", ".bin", 
 """Files that are listed even when they cannot be read: who put one here meant a soft prompt."""
 
 _UNFINISHED = (".tmp", ".part", ".partial", ".crdownload", ".download", "~")
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]+")
+_HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+"""Unicode categories that a menu must not show: they control, reorder or hide text, or are none."""
+_JOINERS = "\u200c\u200d"
+"""Format characters that scripts and emoji need between others."""
 _KEPT_MODELS = 4
 
 Stamp = Tuple[int, ...]
@@ -125,7 +129,8 @@ class Catalogue:
         except FileNotFoundError as error:
             raise _unknown(filename) from error
         except FormatError as error:
-            self._remember(filename, path, stamp, _sentence(error))
+            self._remember(filename, path, stamp, error.sentence)
+            error.path = filename  # what a client is told must not name the server's folders
             raise
         self._remember(filename, path, stamp, None)
         return softprompt
@@ -133,7 +138,7 @@ class Catalogue:
     def _path(self, filename: str) -> str:
         """The path of a listed name; a name that leads out of the folder or is never listed has none."""
         if filename in ("", ".", "..") or re.search(r"[/\\\0]", filename) or os.path.splitdrive(filename)[0]:
-            raise UnsafeName(f"the file name {filename[:100]!r}", "the name of a file in the folder")
+            raise UnsafeName(f"{filename[:100]!r} leads out of the folder", "the name of a file in it")
         if not _may_be_listed(filename):
             raise _unknown(filename)
         return os.path.join(self._folder, filename)
@@ -251,9 +256,9 @@ def _read(path: str, stamp: Stamp, settled: bool) -> _Record:
         return _Record(stamp, settled, formats.read_header(path), None)
     except (NotASoftPromptFile, NoTensor) as error:
         meant = path.lower().endswith(EXTENSIONS) or os.path.isdir(path)
-        return _Record(stamp, settled, None, _sentence(error) if meant else None)
+        return _Record(stamp, settled, None, error.sentence if meant else None)
     except FormatError as error:
-        return _Record(stamp, settled, None, _sentence(error))
+        return _Record(stamp, settled, None, error.sentence)
     except OSError as error:
         return _Record(stamp, False, None, f"it cannot be opened: {error.strerror or error}")
     except Exception as error:
@@ -293,12 +298,12 @@ def _entry(filename: str, record: _Record, known: Optional[ModelFacts]) -> Entry
 
 def _shown(text: str, limit: int) -> str:
     """``text`` on one line, of at most ``limit`` characters, with nothing that reorders or hides text."""
-    text = _CONTROL.sub(" ", text[: limit * 2]).strip()
+    text = text[: limit * 2]
+    if not (text.isascii() and text.isprintable()):
+        text = "".join(" " if unicodedata.category(c) in _HIDDEN and c not in _JOINERS else c for c in text)
+        text = text if text.strip(_JOINERS + " ") else ""
+    text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def _sentence(error: FormatError) -> str:
-    return f"{error.found}; expected {error.expected}"
 
 
 def _unknown(filename: str) -> UnknownSoftPrompt:

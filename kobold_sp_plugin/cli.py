@@ -4,6 +4,7 @@ Exit status: 0, 1 (the answer is no) or 2 (wrong use). Heavy libraries are impor
 needs them, so that ``--help`` is quick.
 """
 
+import errno
 import json
 import sys
 from importlib import import_module
@@ -32,6 +33,9 @@ def main() -> None:
     Example:
       kobold-sp serve
     """
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="replace")  # a name may hold what the terminal's encoding has not
 
 
 @main.command()
@@ -42,7 +46,12 @@ def main() -> None:
     type=click.Path(file_okay=False, path_type=Path),
     help="The folder of soft prompts. [default: ./softprompts, else the samples]",
 )
-@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="The address to listen on; with another one, everybody who can reach it can use the server.",
+)
 @click.option(
     "--port", default=_DEFAULT_PORT, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one."
 )
@@ -64,9 +73,12 @@ def serve(model: Optional[str], softprompts: Optional[Path], host: str, port: in
     session = Session(folder)
     try:
         server = Server(session, host, port)  # binds first: a port that is taken shows before a model is loaded
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter: a host that can be no name
         session.close()
-        raise WrongUse(f"Cannot listen on {host}:{port}: {error.strerror or error}. Try another --port.") from error
+        reason = getattr(error, "strerror", None) or error
+        is_port = getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES)
+        advice = "Try another --port." if is_port else "Check --host."
+        raise WrongUse(f"Cannot listen on {_line(host)}:{port}: {reason}. {advice}") from error
     try:
         engine, _keep = _load(model)
         session.use(engine)

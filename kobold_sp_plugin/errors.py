@@ -57,9 +57,13 @@ class FormatError(SoftPromptError):
         self.path = path
         super().__init__(found, expected, path)
 
+    @property
+    def sentence(self) -> str:
+        """What was found and what was expected, without the path."""
+        return f"{self.found}; expected {self.expected}"
+
     def __str__(self) -> str:
-        where = f"{self.path}: " if self.path else ""
-        return f"{where}{self.found}; expected {self.expected}"
+        return f"{self.path}: {self.sentence}" if self.path else self.sentence
 
 
 class NotASoftPromptFile(FormatError):

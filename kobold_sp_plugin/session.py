@@ -46,6 +46,9 @@ Listener = Callable[[Dict[str, Any]], None]
 _REFUSALS = {Verdict.NO_MODEL: NoModel, Verdict.INCOMPATIBLE: CompatibilityError}
 """The error that a verdict becomes where its file is asked for; for any other, :class:`SelectionError`."""
 
+MOST_SELECTED = 64
+"""Soft prompts at once; far more than any context has room for."""
+
 _CLOSING_SECONDS = 10
 """How long closing waits for a measurement; past that it is left to end by itself."""
 
@@ -144,7 +147,7 @@ class Session:
                     _check(selected, facts)
                     engine.select([each.softprompt for each in selected])
                 except SoftPromptError as error:
-                    notice = f"{_names(selected)} cannot be used with {engine.name}, and was taken off: {error}"
+                    notice = f"Taken off, since {engine.name} cannot use it: {error}"
                     selected = ()
             self._state = _State(engine, facts, self.catalogue.entries(facts), selected, notice=notice)
 
@@ -155,9 +158,12 @@ class Session:
         :class:`UnknownSoftPrompt`, :class:`NoModel`, another :class:`SelectionError`, or a
         :class:`CompatibilityError`.
         """
-        names = [filenames] if isinstance(filenames, str) else list(filenames)
+        names = [filenames] if isinstance(filenames, str) else [name for name in filenames if name != ""]
+        if len(names) > MOST_SELECTED:
+            raise SelectionError(f"{len(names)} soft prompts at once; at most {MOST_SELECTED} can be selected")
         with self._changing() as state:
-            selected = tuple(self._load(name, state) for name in names if name != "")
+            known = self._by_name(state)
+            selected = tuple(self._load(name, state, known) for name in names if name != "")
             _check(selected, state.facts)
             if state.engine is not None:
                 state.engine.select([each.softprompt for each in selected])
@@ -171,41 +177,45 @@ class Session:
     def softprompt(self, filename: str) -> SoftPrompt:
         """One file's soft prompt, for one request; the selection stays. Raises what :meth:`select` raises."""
         with self._changing() as state:
-            loaded = self._load(filename, state)
+            loaded = self._load(filename, state, self._by_name(state))
             _check((loaded,), state.facts)
             return loaded.softprompt
 
     def refresh(self) -> None:
         """Read the folder again: what changed has a new entry, and the selection follows its files.
 
-        A selected file that was replaced is loaded again; one that was deleted, or that cannot be used
-        any more, is taken off, and the notice says why.
+        A selected file that was replaced is loaded again; one that was deleted, or that does not fit any
+        more, is taken off. One that cannot be read, perhaps because it is still being copied, stays as it was
+        loaded. The notice says so, until the folder changes again.
         """
         with self._changing() as state:
             entries = self.catalogue.entries(state.facts)
             by_name = {entry.filename: entry for entry in entries}
             selected: List[_Selected] = []
-            notice = state.notice
+            notice = state.notice if entries is state.entries else ""
             for each in state.selected:
                 entry = by_name.get(each.filename)
                 if entry is None:
                     notice = f"{each.filename} is no longer in the folder, and was taken off."
                 elif entry.header is each.header:
                     selected.append(each)
+                elif entry.verdict is Verdict.UNREADABLE:
+                    selected.append(each)
+                    notice = f"{each.filename} cannot be read now; what was loaded before stays in use."
                 else:
                     try:
-                        loaded = self._load(each.filename, state, without_model=True)
+                        loaded = self._load(each.filename, state, by_name, without_model=True)
                         selected.append(loaded)
                         if loaded.digest != each.digest:
                             notice = f"{each.filename} was replaced; the new file is in use."
                     except SoftPromptError as error:
-                        notice = f"{each.filename} was changed, and was taken off: {error}"
+                        notice = f"Changed, and taken off: {error}"
             if tuple(selected) != state.selected and state.engine is not None:
                 try:
                     _check(selected, state.facts)
                     state.engine.select([each.softprompt for each in selected])
                 except SoftPromptError as error:
-                    notice = f"{_names(selected)} was changed, and was taken off: {error}"
+                    notice = f"Changed, and taken off: {error}"
                     selected = []
                     state.engine.select(())
             if tuple(selected) != state.selected:  # loading may have found what listing could not
@@ -290,11 +300,14 @@ class Session:
                     except Exception:  # one listener's fault must not keep the news from the others
                         log.exception("A listener failed")
 
-    def _load(self, filename: str, state: _State, without_model: bool = False) -> _Selected:
+    def _by_name(self, state: _State) -> Dict[str, Entry]:
+        return {entry.filename: entry for entry in self.catalogue.entries(state.facts)}
+
+    def _load(self, filename: str, state: _State, known: Dict[str, Entry], without_model: bool = False) -> _Selected:
         """The file as something selected; with the lock held."""
         if not isinstance(filename, str):
             raise UnknownSoftPrompt(f"{filename!r} is not a file name.")
-        entry = self.catalogue.entry(filename, state.facts)
+        entry = known.get(filename) or self.catalogue.entry(filename, state.facts)  # which says what is wrong
         for each in state.selected:
             if each.filename == filename and each.header is entry.header:
                 return each
@@ -372,4 +385,5 @@ def entry_as_json(entry: Entry) -> Dict[str, Any]:
 
 
 def _names(selected: Sequence[_Selected]) -> str:
-    return ", ".join(each.filename for each in selected)
+    more = f" and {len(selected) - 3} more" if len(selected) > 3 else ""
+    return ", ".join(each.filename for each in selected[:3]) + more

@@ -109,6 +109,11 @@ class TestList:
         result = run("list", folder, "--model", model_folder)
         assert result.exit_code == 0 and "\x1b" not in result.output
 
+    def test_names_that_the_terminals_encoding_has_not_are_printed_all_the_same(self, folder, model_folder):
+        SoftPrompt(np.ones((4, 32), np.float32), {"name": "雨 Rain"}).save(folder / "rain.zip")
+        result = CliRunner(charset="cp1252").invoke(main, ["list", str(folder), "--model", str(model_folder)])
+        assert result.exit_code == 0 and "rain.zip: ? Rain" in result.output
+
     @pytest.mark.parametrize("arguments", [["absent"], [".", "--model", "./absent-model"]])
     def test_what_is_not_there_is_wrong_use(self, arguments, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -147,7 +152,13 @@ class TestServe:
             port = taken.getsockname()[1]
             result = run("serve", "--softprompts", folder, "--port", port)
         assert result.exit_code == 2
-        assert str(port) in result.output and "--port" in result.output
+        assert str(port) in result.output and "Try another --port." in result.output
+
+    @pytest.mark.parametrize("host", ["a" * 300, "192.0.2.1"])  # no name at all; another machine's address
+    def test_a_host_that_cannot_be_is_wrong_use(self, folder, host):
+        result = run("serve", "--softprompts", folder, "--host", host, "--port", 0)
+        assert result.exit_code == 2
+        assert "Check --host." in result.output and "--port" not in result.output
 
     def test_a_model_that_cannot_be_loaded_is_wrong_use(self, folder, tmp_path):
         result = run("serve", "--softprompts", folder, "--port", 0, "--model", tmp_path)

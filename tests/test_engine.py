@@ -204,6 +204,26 @@ class TestErrors:
         with pytest.raises(ModelError, match=str(tmp_path)):
             load_transformers(tmp_path)
 
+    @pytest.mark.parametrize("size", [0, 5, 1000])
+    def test_weights_that_are_cut_off_are_a_named_error(self, tmp_path, tokenizer, size):
+        tiny_model(FAMILY).save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        for weights in (*tmp_path.glob("*.safetensors"), *tmp_path.glob("*.bin")):
+            weights.write_bytes(weights.read_bytes()[:size])
+        with pytest.raises(ModelError, match="cannot be loaded as a causal language model: ."):
+            load_transformers(tmp_path)
+
+    def test_a_model_without_a_tokenizer_is_said_to_have_none(self, tmp_path):
+        tiny_model(FAMILY).save_pretrained(tmp_path)
+        with pytest.raises(ModelError, match="has no tokenizer that transformers can load"):
+            load_transformers(tmp_path)
+
+    @pytest.mark.parametrize("path", ["/nonexistent", "./absent", "~/absent", "C:\\absent", "some/absent/folder"])
+    def test_a_path_to_nothing_is_not_looked_for_on_the_hub(self, path):
+        with pytest.raises(ModelError) as caught:
+            load_transformers(path)
+        assert str(caught.value) == f"There is no folder {path}."
+
 
 class TestBudget:
     """Invariant 10: what must go is the oldest story text."""
@@ -235,12 +255,16 @@ class TestBudget:
 
     @pytest.mark.parametrize("max_length", [123, 128, 10**9])
     def test_what_cannot_fit_is_refused_with_the_numbers(self, engine, max_length):
-        with pytest.raises(ContextExceeded, match=rf"5 soft tokens.*{max_length} new.*128"):
+        with pytest.raises(ContextExceeded, match=rf"128 tokens .* 5 of soft prompts, {max_length} of new text"):
             text_of(engine, softprompts=[softprompt()], max_length=max_length)
 
     def test_memory_is_never_cut(self, engine):
-        with pytest.raises(ContextExceeded, match="memory"):
+        with pytest.raises(ContextExceeded, match=r"\d+ of memory, 20 of new text"):
             text_of(engine, memory=self.LONG, prompt="The end")
+
+    def test_memory_is_not_spoken_of_where_there_is_none(self, engine):
+        with pytest.raises(ContextExceeded, match="^A context of 128 tokens has no room .* beside 128 of new text.$"):
+            text_of(engine, max_length=128)
 
     def test_an_empty_prompt_begins_with_what_the_tokenizer_begins_with(self, engine, tokenizer):
         assert text_of(engine, prompt="")

@@ -139,7 +139,7 @@ class TestOwn:
             ("wide.zip", "made for 64 columns"),
             ("broken.zip", "broken.zip"),
             ("absent.zip", "absent.zip"),
-            ("/etc/passwd", "file name"),
+            ("/etc/passwd", "leads out of the folder"),
             (5, "file name"),
             (None, "file name"),
             ([["noir.zip"]], "file name"),

@@ -239,13 +239,11 @@ class TestFolder:
         assert session.status()["notice"] == ""
         assert heard == [] or all(each["selection"] == ["noir.zip"] for each in heard)
 
-    @pytest.mark.parametrize("fate", ["deleted", "broken", "wider"])
+    @pytest.mark.parametrize("fate", ["deleted", "wider"])
     def test_one_that_cannot_be_used_any_more_is_taken_off_with_a_notice(self, session, folder, model, fate):
         session.select(["space.zip", "noir.zip"])
         if fate == "deleted":
             (folder / "noir.zip").unlink()
-        elif fate == "broken":
-            (folder / "noir.zip").write_bytes(b"PK")
         else:
             replace(folder / "noir.zip", softprompt(8, width=64))
         session.refresh()
@@ -253,8 +251,32 @@ class TestFolder:
         assert [each.name for each in attach(model).selection] == ["Space"]
         notice = session.status()["notice"]
         assert "noir.zip" in notice and "taken off" in notice
-        session.select("space.zip")
-        assert session.status()["notice"] == ""
+        replace(folder / "noir.zip", softprompt(1))
+        session.refresh()
+        assert session.status()["notice"] == "", "what was said is true no longer"
+
+    def test_one_that_is_being_copied_stays_as_it_was_loaded(self, session, folder, model):
+        session.select("noir.zip")
+        loaded, whole = session.softprompts, (folder / "noir.zip").read_bytes()
+        (folder / "noir.zip").write_bytes(whole[:300])
+        session.refresh()
+        assert session.selection == ("noir.zip",) and session.softprompts == loaded
+        assert "stays in use" in session.status()["notice"]
+        replace(folder / "noir.zip", softprompt(8, name="Copied"))
+        session.refresh()
+        assert [each.name for each in attach(model).selection] == ["Copied"]
+
+    def test_too_many_at_once_are_refused_at_once(self, session):
+        with pytest.raises(SelectionError, match="at most 64"):
+            session.select(["noir.zip"] * 2000)
+
+    def test_what_a_client_is_told_names_no_folder(self, session, folder):
+        path = folder / "torn.zip"
+        softprompt(5).save(path)
+        path.write_bytes(path.read_bytes().replace(b'"sha256": "', b'"sha256": "0')[:])
+        with pytest.raises(SoftPromptError) as caught:
+            session.select("torn.zip")
+        assert "torn.zip" in str(caught.value) and str(folder) not in str(caught.value)
 
     def test_a_folder_that_vanishes_takes_everything_off(self, session, folder):
         session.select("noir.zip")

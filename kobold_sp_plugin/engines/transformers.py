@@ -7,7 +7,7 @@ text of them, and answers whether to stop; streamers came later than our lowest 
 import secrets
 import threading
 import weakref
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from queue import SimpleQueue
 from typing import Any, Dict, Generator, List, Optional, Sequence, Tuple, Union
 
@@ -56,20 +56,30 @@ def load_transformers(path: Union[str, Path]) -> Tuple[Any, Any, str]:
     The model is in evaluation mode without gradients; on a GPU in the dtype it is stored in, else in
     float32. Raises :class:`ModelError`.
     """
+    if _is_a_path(str(path)) and not Path(path).is_dir():
+        raise ModelError(f"There is no folder {path}.")
     auto_dtype = {"torch_dtype": "auto"} if int(transformers_version.split(".")[0]) < 5 else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
         model = AutoModelForCausalLM.from_pretrained(str(path), **auto_dtype)
     except KeyError as error:  # how releases before 4.30 say it
         raise ModelError(
             f"{path} cannot be loaded: transformers {transformers_version} knows no models of the type {error}"
         ) from error
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # each library that reads weights has errors of its own
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"{path} cannot be loaded as a causal language model: {lines[0]}") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+    except Exception as error:
+        raise ModelError(f"{path} has no tokenizer that transformers can load.") from error
     model = model.to("cuda") if torch.cuda.is_available() else model.float()
     model.eval().requires_grad_(False)
     return model, tokenizer, Path(path).resolve().name if Path(path).is_dir() else str(path)
+
+
+def _is_a_path(name: str) -> bool:
+    """Whether this can be no name on the hub: those are ``name`` or ``owner/name``."""
+    return name.startswith((".", "~", "/")) or "\\" in name or name.count("/") > 1 or bool(PureWindowsPath(name).drive)
 
 
 class TransformersEngine:
@@ -230,9 +240,11 @@ class TransformersEngine:
             return ids
         head = self._ids(settings.memory) if settings.memory else self._prefix()
         if len(head) >= room:
+            soft = f"{n_soft} of soft prompts, " if n_soft else ""
+            memory = f"{len(head)} of memory, " if settings.memory else ""
             raise ContextExceeded(
-                f"{n_soft} soft tokens, {len(head)} tokens of memory and {settings.max_length} new ones leave no room "
-                f"for the story in a context of {min(limits)} tokens."
+                f"A context of {min(limits)} tokens has no room for the story beside {soft}{memory}"
+                f"{settings.max_length} of new text."
             )
         return head + ids[len(head) - room :]
 

@@ -89,7 +89,7 @@ def save(softprompt: SoftPrompt, path: Union[str, Path], dtype: str = "float32")
     path = os.fspath(path)
     try:
         tensor = npy.write_tensor(softprompt.rows, dtype)
-        meta = metadata.dump(softprompt, Path(path).stem, hashlib.sha256(tensor).hexdigest())
+        meta = metadata.dump(softprompt, hashlib.sha256(tensor).hexdigest())
     except FormatError as error:
         error.path = path
         raise
@@ -118,5 +118,5 @@ def _format_of(path: str) -> Any:
         return kobold_zip.opened
     if start.startswith(npy.MAGIC):
         return folder.opened
-    found = f"a file that begins with {start!r}" if start else "an empty file"
+    found = "a file of another kind" if start else "an empty file"
     raise NotASoftPromptFile(found, "a zip with tensor.npy, or an .npy file")

@@ -37,7 +37,7 @@ def check_regular(path: str) -> os.stat_result:
     """The stat of the file at ``path``; a pipe or a device is refused: opening one may wait for ever."""
     result = os.stat(path)
     if not stat.S_ISREG(result.st_mode):
-        raise NotASoftPromptFile(f"{os.path.basename(path)} is no ordinary file", "a file or a folder")
+        raise NotASoftPromptFile(f"{os.path.basename(path)} is no ordinary file", "an ordinary file")
     return result
 
 

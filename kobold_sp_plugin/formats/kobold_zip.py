@@ -10,6 +10,7 @@ import lzma
 import os
 import re
 import secrets
+import shutil
 import struct
 import zipfile
 import zlib
@@ -69,8 +70,10 @@ def opened(path: str) -> Iterator[Source]:
 def write(path: str, tensor: bytes, meta: bytes) -> None:
     """Write the zip to a sibling of ``path`` and rename it to ``path``: it is whole, or it is not there.
 
-    The members are stored: what a compressor puts out depends on its release. Raises :class:`OSError`.
+    A file that is replaced keeps its permissions, and a link to it stays a link. The members are stored: what
+    a compressor puts out depends on its release. Raises :class:`OSError`.
     """
+    path = os.path.realpath(path)
     sibling = os.path.join(os.path.dirname(path), f".kobold-sp-{secrets.token_hex(8)}.tmp")
     try:
         with open(sibling, "xb") as file:
@@ -82,6 +85,8 @@ def write(path: str, tensor: bytes, meta: bytes) -> None:
                     archive.writestr(info, data)
             file.flush()
             os.fsync(file.fileno())
+        if os.path.exists(path):
+            shutil.copymode(path, sibling)
         os.replace(sibling, path)
     except BaseException:
         if os.path.lexists(sibling):
@@ -144,7 +149,7 @@ class _Member:
             except (zlib.error, lzma.LZMAError, EOFError) as error:
                 raise self._corrupt(f"that does not unpack ({error})") from error
             if more:
-                raise TooLarge(f"{self._label} that unpacks to more than it declares", f"{self._left} bytes")
+                raise TooLarge(f"{self._label} that unpacks to more than it declares", f"{self._info.file_size} bytes")
             if not self._decompressor.eof:
                 raise self._corrupt("whose compressed stream has no end")
 

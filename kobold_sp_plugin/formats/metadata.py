@@ -5,7 +5,7 @@ import math
 from typing import Any, Dict, Iterable, Optional
 
 from ..errors import MetadataNotJSON, MetadataNotUTF8, MetadataTooLarge
-from ..softprompt import OWN_KEY, SoftPrompt, own_metadata, text_of, texts_of
+from ..softprompt import OWN_KEY, SoftPrompt, own_metadata
 
 LABEL = "meta.json"
 MAX_BYTES = 2**16
@@ -50,30 +50,34 @@ def take_checksum(metadata: Dict[str, Any]) -> Optional[str]:
     own = own_metadata(metadata)
     if "sha256" not in own:
         return None
-    checksum = text_of(own.pop("sha256"))
+    checksum = own.pop("sha256")
     metadata[OWN_KEY] = own
-    return checksum
+    return checksum if isinstance(checksum, str) else None
 
 
-def dump(softprompt: SoftPrompt, stem: str, checksum: str) -> bytes:
-    """``meta.json`` for ``softprompt`` in a file named ``stem``, whose tensor has the SHA-256 ``checksum``.
+def dump(softprompt: SoftPrompt, checksum: str) -> bytes:
+    """``meta.json`` for ``softprompt``, whose tensor has the SHA-256 ``checksum``.
 
-    KoboldAI's keys first, and always those that its loaders require: ``name`` and ``description``.
+    KoboldAI's keys first, and always those that its loaders require: ``name`` and ``description``, as text.
     Raises :class:`MetadataTooLarge`.
     """
     metadata = dict(softprompt.metadata)
-    first: Dict[str, Any] = {"name": softprompt.name or stem}
+    first: Dict[str, Any] = {"name": softprompt.name}
     if metadata.get("author") not in (None, "", []):
         first["author"] = metadata["author"]
-    first["supported"] = texts_of(metadata.get("supported"))
-    first["description"] = softprompt.description or metadata.get("description") or ""
+    supported = metadata.get("supported")
+    first["supported"] = [supported] if isinstance(supported, str) else supported or []
+    first["description"] = softprompt.description
     own = own_metadata(metadata)
     own.update(scale=softprompt.scale.value, order=softprompt.order.value, sha256=checksum)
     for key in ("name", "author", "supported", "description", OWN_KEY):
         metadata.pop(key, None)
-    text = json.dumps({**first, **metadata, OWN_KEY: own}, indent=2, ensure_ascii=False)
+    everything = {**first, **metadata, OWN_KEY: own}
     # A lone surrogate has no UTF-8 form; its backslash escape is JSON's own, and reads back as what it was.
-    data = text.encode("utf-8", "backslashreplace")
+    data = json.dumps(everything, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    if len(data) > MAX_BYTES:  # what was read in a compact form can be written in one
+        compact = json.dumps(everything, separators=(",", ":"), ensure_ascii=False)
+        data = compact.encode("utf-8", "backslashreplace")
     check_size(len(data))
     return data
 

@@ -11,7 +11,7 @@ from werkzeug.exceptions import HTTPException
 from ..errors import ContextExceeded, NoModel, SoftPromptError
 from ..session import Session
 from .fields import InvalidRequest, read_generation, read_object, read_soft_prompt
-from .generation_queue import Generation, GenerationQueue, QueueFull, describe
+from .generation_queue import Generation, GenerationQueue, QueueClosed, QueueFull, describe
 
 log = logging.getLogger(__name__)
 
@@ -102,8 +102,8 @@ def _kobold_api(session: Session, queue: GenerationQueue) -> Blueprint:
             for settings in wanted.settings:
                 generations.append(queue.submit(engine, settings, softprompts))
             _wait(generations, request.environ.get("werkzeug.socket"))
-        except QueueFull as error:
-            return _error(503, str(error), "service_unavailable")
+        except (QueueClosed, QueueFull) as error:
+            return _generation_error(error)
         finally:
             for generation in generations:
                 queue.stop(generation)
@@ -118,7 +118,7 @@ def _kobold_api(session: Session, queue: GenerationQueue) -> Blueprint:
 def _generation_error(error: BaseException) -> Response:
     if isinstance(error, ContextExceeded):
         return _error(422, str(error), "context_exceeded")
-    if isinstance(error, NoModel):
+    if isinstance(error, (NoModel, QueueClosed, QueueFull)):
         return _error(503, str(error), "service_unavailable")
     return _error(500, describe(error), "server_error")
 

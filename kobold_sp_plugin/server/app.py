@@ -141,11 +141,14 @@ class Server:
         own_id: Any = fields.get("id")
         theirs = self._generations.get(client, {})
 
-        def tell(state: str, text: str = "", position: int = 0, error: str = "") -> None:
+        def say(state: str, text: str = "", position: int = 0, error: str = "") -> None:
             what = {"id": own_id, "state": state, "text": text, "position": position, "error": error}
+            self._emit("generation", what, client)
+
+        def tell(state: str, **what: Any) -> None:
             if state in _ENDS:
                 theirs.pop(own_id, None)
-            self._emit("generation", what, client)
+            say(state, **what)
 
         try:
             if not isinstance(own_id, str) or not 0 < len(own_id) <= _LONGEST_ID or own_id in theirs:
@@ -157,11 +160,10 @@ class Server:
             softprompts = wanted.softprompts(self._session)
             generation = self.queue.submit(engine, wanted.settings[0], softprompts, client, tell)
         except SoftPromptError as error:
-            what = {"id": own_id, "state": "error", "text": "", "position": 0, "error": describe(error)}
-            self._emit("generation", what, client)
+            say("error", error=describe(error))  # not tell: the id may be that of one that goes on
             return
         theirs[own_id] = generation
-        if generation.finished.is_set():
+        if generation.finished.is_set():  # it ended before it was noted
             theirs.pop(own_id, None)
 
     def _stop_generation(self, client: str, payload: Any) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from dataclasses import replace
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
@@ -12,6 +13,9 @@ from ..softprompt import SoftPrompt
 
 LONGEST_BODY = 4 * 1024 * 1024
 """Bytes of a request's body; a longer one is refused."""
+
+LONGEST_TEXT = 65536
+"""New tokens that may be asked for; where a model's context is unknown, nothing else limits them."""
 
 _LARGEST_SEED = 2**64 - 1
 
@@ -32,7 +36,7 @@ class _Number(NamedTuple):
 
     def read(self, value: Any) -> Any:
         """The value as the number it has to be. Raises :class:`ValueError` with what is wrong."""
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_finite(value):
             raise ValueError("Not a valid integer." if self.whole else "Not a valid number.")
         if self.whole and value != int(value):
             raise ValueError("Not a valid integer.")
@@ -48,7 +52,7 @@ class _Number(NamedTuple):
 
 
 _SETTINGS = {
-    "max_length": ("max_length", _Number(whole=True, least=1)),
+    "max_length": ("max_length", _Number(whole=True, least=1, most=LONGEST_TEXT)),
     "max_context_length": ("max_context_length", _Number(whole=True, least=1)),
     "temperature": ("temperature", _Number(above=0)),
     "top_p": ("top_p", _Number(least=0, most=1)),
@@ -90,7 +94,7 @@ def read_object(body: bytes) -> Dict[str, Any]:
     if not body.strip():
         return {}
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
+        value = json.loads(body.decode("utf-8-sig"), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise InvalidRequest({"json": [f"Invalid JSON body: {error}"]}) from error
     if not isinstance(value, dict):
@@ -129,7 +133,7 @@ def read_generation(fields: Dict[str, Any]) -> GenerationRequest:
             wrong[name] = [str(error)]
     if wrong:
         raise InvalidRequest(wrong)
-    texts = {name: given[name] for name in ("prompt", "memory") if name in given}
+    texts = {name: _whole(given[name]) for name in ("prompt", "memory") if name in given}
     first = GenerationSettings(**texts, **settings)
     seeds = [None if first.seed is None else (first.seed + each) % (_LARGEST_SEED + 1) for each in range(n)]
     return GenerationRequest(tuple(replace(first, seed=seed) for seed in seeds), given.get("soft_prompt"))
@@ -148,7 +152,17 @@ def read_soft_prompt(fields: Dict[str, Any]) -> str:
 def _texts(value: Any) -> Tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise ValueError("Not a valid list of strings.")
-    return tuple(value)
+    return tuple(_whole(text) for text in value)
+
+
+def _whole(text: str) -> str:
+    """``text`` with U+FFFD for halves of a character, which JSON can hold and no tokenizer takes."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _is_finite(value: float) -> bool:
+    """Whether a float can hold it; JSON's whole numbers may have any number of digits."""
+    return abs(value) <= sys.float_info.max
 
 
 def _check_order(value: Any) -> None:

@@ -23,6 +23,13 @@ class QueueFull(SoftPromptError):
     """As many generations wait as the queue holds."""
 
 
+class QueueClosed(SoftPromptError):
+    """The queue was closed before the generation's end."""
+
+    def __init__(self) -> None:
+        super().__init__("The server is closing.")
+
+
 class Generation:
     """One request for text. Its engine and its soft prompts are those of the moment it was accepted."""
 
@@ -64,10 +71,15 @@ class GenerationQueue:
         client: Optional[str] = None,
         tell: Tell = lambda state, **what: None,
     ) -> Generation:
-        """Put a generation at the end of the queue; ``tell`` hears what becomes of it. Raises :class:`QueueFull`."""
+        """Put a generation at the end of the queue; ``tell`` hears what becomes of it.
+
+        Raises :class:`QueueFull` or :class:`QueueClosed`.
+        """
         generation = Generation(engine, settings, softprompts, client, tell)
         with self._changed:
-            if self._closed or len(self._waiting) >= LONGEST:
+            if self._closed:
+                raise QueueClosed
+            if len(self._waiting) >= LONGEST:
                 raise QueueFull(f"{len(self._waiting)} generations are waiting already; try again later.")
             position = len(self._waiting) + (self._running is not None)
             self._tell(generation, "queued", position=position)
@@ -86,7 +98,7 @@ class GenerationQueue:
         self._end(theirs)
 
     def close(self) -> None:
-        """Stop everything and end the queue's thread."""
+        """Stop everything, with :class:`QueueClosed` as its error, and end the queue's thread."""
         with self._changed:
             self._closed = True
             everything = [each for each in (self._running, *self._waiting) if each is not None]
@@ -139,8 +151,11 @@ class GenerationQueue:
             self._tell(generation, "queued", position=position)
 
     def _finish(self, generation: Generation, state: str, **what: Any) -> None:
-        self._tell(generation, state, **what)
+        """End a generation; who is told so finds it finished."""
+        if state == "stopped" and self._closed:
+            generation.error = QueueClosed()
         generation.finished.set()
+        self._tell(generation, state, **what)
 
     def _tell(self, generation: Generation, state: str, **what: Any) -> None:
         try:

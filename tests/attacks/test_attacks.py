@@ -280,7 +280,7 @@ LOADED = {
     "float64 past float32": (not_a_number(1e300, "<f8"), "NotFinite"),
     "tensor with a wrong checksum": (forged_tensor(crc=1), "CorruptMember"),
     "another SHA-256": (kobold_zip(ROWS, kobold_sp_plugin={"sha256": "0" * 64}), "CorruptMember"),
-    "no SHA-256": (kobold_zip(ROWS, kobold_sp_plugin={"sha256": ["x"]}), "CorruptMember"),
+    "a word for a SHA-256": (kobold_zip(ROWS, kobold_sp_plugin={"sha256": "x"}), "CorruptMember"),
     "deflate that ends early": (
         forged_tensor(deflated(TENSOR[:400]), method=8, unpacked=len(TENSOR), crc=zlib.crc32(TENSOR)),
         "TruncatedTensor",

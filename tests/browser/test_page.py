@@ -418,6 +418,15 @@ def test_the_menu_works_from_the_keyboard(page, server):
     expect(page.locator("#softprompts-button")).to_be_focused()
 
 
+def test_no_more_can_be_asked_for_than_the_model_has_context(page, server):
+    context = server.get("/api/v1/config/max_context_length")["value"]
+    expect(page.locator("#max-length")).to_have_attribute("max", str(context))
+    page.fill("#max-length", str(context + 1))
+    page.click("#submit")
+    expect(page.locator("#stop")).to_be_hidden()
+    assert page.input_value("#story") == ""
+
+
 def test_a_small_screen_shows_everything(open_page):
     page = open_page(viewport={"width": 380, "height": 700}, color_scheme="dark")
     pick(page, "noir.zip")
@@ -464,6 +473,7 @@ def test_the_page_is_small_plain_and_refers_to_nothing_elsewhere():
     assert not re.search(r"(inner|outer|Adjacent)HTML|\.write\(|\beval\(|new Function", everything)
     assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?![^>]* src=)", files["index.html"])
     assert "script-src 'self';" in files["index.html"]
+    assert "connect-src 'self';" in files["index.html"]
 
 
 @pytest.mark.skipif("KOBOLD_SP_SCREENSHOT" not in os.environ, reason="KOBOLD_SP_SCREENSHOT names no file")

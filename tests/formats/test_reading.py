@@ -212,5 +212,12 @@ def test_errors_name_the_file(tmp_path):
         SoftPrompt.load(path)
     assert caught.value.path == str(path)
     assert str(caught.value) == (
-        f"{path}: a file that begins with b'hello th'; expected a zip with tensor.npy, or an .npy file"
+        f"{path}: a file of another kind; expected a zip with tensor.npy, or an .npy file"
     )
+
+
+@pytest.mark.parametrize("checksum", [None, 12, ["x"]])
+def test_a_checksum_that_is_no_text_is_none(tmp_path, checksum):
+    path = tmp_path / "a.zip"
+    path.write_bytes(kobold_zip(ROWS, kobold_sp_plugin={"sha256": checksum}))
+    assert load(path).n_tokens == len(ROWS)

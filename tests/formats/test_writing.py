@@ -32,10 +32,10 @@ def test_kobold_reads_it(tmp_path, dtype):
 
 
 def test_what_kobold_needs_is_always_there(tmp_path):
-    path = tmp_path / "rainy night.zip"
+    path = tmp_path / "a.zip"
     SoftPrompt(rows_of(), {"author": "", "supported": "GPT-J", "mood": {"dark": [1]}}).save(path)
     _, meta = kobold_accepts(path, width=4)
-    assert meta["name"] == "rainy night"
+    assert meta["name"] == ""
     assert meta["supported"] == ["GPT-J"]
     assert meta["description"] == ""
     assert "author" not in meta
@@ -109,7 +109,7 @@ def test_what_is_written_is_read_again(tmp_path, rows, metadata, name, scale, or
     read = load(path)
     assert np.array_equal(read.rows.view(np.uint32), softprompt.rows.view(np.uint32))
     assert (read.scale, read.order) == (softprompt.scale, softprompt.order)
-    assert read.name == (name or "a")
+    assert read.name == name
     for key in set(metadata) - {"name", "author", "supported", "description", "kobold_sp_plugin"}:
         assert read.metadata[key] == softprompt.metadata[key]
     read.save(path)
@@ -117,6 +117,29 @@ def test_what_is_written_is_read_again(tmp_path, rows, metadata, name, scale, or
     header = read_header(path)
     assert header.metadata == read.metadata
     assert (header.scale, header.order) == (read.scale, read.order)
+
+
+def test_the_name_of_the_file_is_no_part_of_it(tmp_path):
+    for name in ("one.zip", "other.zip"):
+        SoftPrompt(rows_of()).save(tmp_path / name)
+    assert (tmp_path / "one.zip").read_bytes() == (tmp_path / "other.zip").read_bytes()
+
+
+def test_compact_metadata_that_was_read_can_be_written(tmp_path):
+    softprompt = SoftPrompt(rows_of(), {"ids": list(range(9000)), "supported": {"GPT-J": "6B"}})
+    softprompt.save(tmp_path / "a.zip")
+    assert load(tmp_path / "a.zip").metadata["ids"] == list(range(9000))
+    assert load(tmp_path / "a.zip").metadata["supported"] == {"GPT-J": "6B"}
+
+
+def test_a_replaced_file_keeps_its_permissions_and_a_link_stays_a_link(tmp_path):
+    path, link = tmp_path / "a.zip", tmp_path / "link.zip"
+    SoftPrompt(rows_of()).save(path)
+    path.chmod(0o600)
+    link.symlink_to(path)
+    SoftPrompt(rows_of(), {"name": "New"}).save(link)
+    assert link.is_symlink() and load(path).name == "New"
+    assert path.stat().st_mode & 0o777 == 0o600
 
 
 def test_our_own_part_keeps_what_it_does_not_know(tmp_path):

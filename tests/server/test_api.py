@@ -200,6 +200,10 @@ class TestGenerate:
             {"prompt": None},
             {"prompt": 5},
             {"max_length": 0},
+            {"max_length": 65537},
+            {"max_length": 10**400},
+            {"temperature": 10**400},
+            {"max_context_length": -(10**400)},
             {"max_length": 2.5},
             {"max_length": True},
             {"max_length": "80"},
@@ -228,6 +232,17 @@ class TestGenerate:
         assert answer.status == 422
         ((field, messages),) = answer.json["detail"].items()
         assert field in fields and all(isinstance(message, str) for message in messages)
+
+    def test_half_a_character_is_taken_for_an_unknown_one(self, ask):
+        halves = {"prompt": "The \ud800 door", "memory": "\udc00", "stop_sequence": ["\ud800", "never\ud800"]}
+        marks = {"prompt": "The \ufffd door", "memory": "\ufffd", "stop_sequence": ["\ufffd", "never\ufffd"]}
+        answer = ask("POST", "/api/v1/generate", {**GREEDY, **halves})
+        assert answer.status == 200
+        assert answer.json == ask("POST", "/api/v1/generate", {**GREEDY, **marks}).json
+
+    def test_a_byte_order_mark_before_the_body_is_no_matter(self, ask):
+        body = b"\xef\xbb\xbf" + json.dumps(GREEDY).encode()
+        assert ask("POST", "/api/v1/generate", body).json == ask("POST", "/api/v1/generate", GREEDY).json
 
     def test_null_is_as_good_as_none(self, ask):
         fields = {"temperature": None, "soft_prompt": None, "stop_sequence": None, "sampler_order": list(range(7))}
@@ -290,6 +305,35 @@ class TestGenerate:
             assert answer.status == 503 and answer.json["detail"]["type"] == "service_unavailable"
             for thread in threads:
                 thread.join()
+
+    def test_what_a_closing_server_stops_is_503(self, ask, server, model):
+        answers = []
+        threads = []
+        fields = {**GREEDY, "max_length": 400}
+        with slowly(model):
+            for count in (1, 2):
+                threads.append(threading.Thread(target=lambda: answers.append(ask("POST", "/api/v1/generate", fields))))
+                threads[-1].start()
+                eventually(lambda count=count: waiting(server) == count)
+            server.queue.close()
+            for thread in threads:
+                thread.join()
+        answers.append(ask("POST", "/api/v1/generate", GREEDY))
+        assert [answer.status for answer in answers] == [503, 503, 503]
+        detail = {"msg": "The server is closing.", "type": "service_unavailable"}
+        assert [answer.json["detail"] for answer in answers] == [detail] * 3
+
+    def test_who_is_told_of_the_end_finds_it_finished(self, server, engine):
+        told = queue.Queue()
+        submitted = threading.Event()
+
+        def tell(state, **what):
+            if state == "done" and submitted.wait(10):
+                told.put(generation.finished.is_set())
+
+        generation = server.queue.submit(engine, GenerationSettings("The door", max_length=2), (), tell=tell)
+        submitted.set()
+        assert told.get(timeout=10)
 
     def test_a_client_that_hangs_up_ends_its_generation(self, server, model, ask):
         with slowly(model):

@@ -28,6 +28,8 @@ const socket = new SocketClient(
   `${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/socket.io/?EIO=4&transport=websocket`,
 );
 
+const longest = byId("max-length").max; // where the server knows no context
+
 let server = null; // the server's last `softprompts` payload
 let asked = null; // {filename, answered}: what was clicked, until an event tells what became of it
 let waitSeconds = 0; // until the next attempt to connect
@@ -212,6 +214,7 @@ function render() {
     byId("empty").hidden = server.entries.length > 0;
   }
   byId("refresh").disabled = !connected;
+  byId("max-length").max = (connected && server.context) || longest;
   renderRows();
   renderControls();
 }
