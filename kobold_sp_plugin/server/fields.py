@@ -133,7 +133,7 @@ def read_generation(fields: Dict[str, Any]) -> GenerationRequest:
             wrong[name] = [str(error)]
     if wrong:
         raise InvalidRequest(wrong)
-    texts = {name: _whole(given[name]) for name in ("prompt", "memory") if name in given}
+    texts: Dict[str, Any] = {name: _whole(given[name]) for name in ("prompt", "memory") if name in given}
     first = GenerationSettings(**texts, **settings)
     seeds = [None if first.seed is None else (first.seed + each) % (_LARGEST_SEED + 1) for each in range(n)]
     return GenerationRequest(tuple(replace(first, seed=seed) for seed in seeds), given.get("soft_prompt"))

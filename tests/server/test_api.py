@@ -153,7 +153,7 @@ class TestKoboldAPI:
             ({"value": "absent.zip"}, "absent.zip"),
             ({"value": "wide.zip"}, "64 columns"),
             ({"value": "broken.zip"}, "broken.zip"),
-            ({"value": "../noir.zip"}, "file name"),
+            ({"value": "../noir.zip"}, "name of a file"),
             ({"value": ["noir.zip"]}, "string"),
             ({}, "required"),
         ],
