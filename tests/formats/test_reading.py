@@ -211,9 +211,7 @@ def test_errors_name_the_file(tmp_path):
     with pytest.raises(NotASoftPromptFile) as caught:
         SoftPrompt.load(path)
     assert caught.value.path == str(path)
-    assert str(caught.value) == (
-        f"{path}: a file of another kind; expected a zip with tensor.npy, or an .npy file"
-    )
+    assert str(caught.value) == (f"{path}: a file of another kind; expected a zip with tensor.npy, or an .npy file")
 
 
 @pytest.mark.parametrize("checksum", [None, 12, ["x"]])
