@@ -11,14 +11,18 @@ tokens in front of the text.
 import argparse
 import copy
 import statistics
+import sys
 import time
 import warnings
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from kobold_sp_plugin import SoftPrompt, attach
 
