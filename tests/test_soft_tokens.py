@@ -526,7 +526,9 @@ def test_an_adapter_that_somebody_took_away_is_noticed(llama_or_gptj, random_pro
     model = llama_or_gptj
     attach(model).select(random_prompt)
     model.prepare_inputs_for_generation = type(model).prepare_inputs_for_generation.__get__(model)
-    with pytest.raises((UnsupportedCall, RuntimeError, IndexError, ValueError)):
+    # Before 5.0 the mask that has grown does not fit the text any more, and the model itself fails.
+    expected = UnsupportedCall if RELEASE >= (5, 0) else (UnsupportedCall, RuntimeError, IndexError, ValueError)
+    with pytest.raises(expected):
         generate(model, TEXT)
 
 
