@@ -17,7 +17,7 @@ from models import FAMILY, tiny_model, tiny_tokenizer
 from kobold_sp_plugin import SoftPrompt, cli
 from kobold_sp_plugin.cli import main
 
-ROOT = Path(cli.__file__).resolve().parents[1]
+ROOT = Path(cli.__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,34 @@
+"""The command line: ``kobold-sp``. Each command is a thin call into a room below.
+
+Exit status: 0, 1 (the answer is no) or 2 (wrong use). Heavy libraries are imported by the command that
+needs them, so that ``--help`` is quick.
+"""
+
+import sys
+
+import click
+
+from .. import __version__
+from .catalogue import list_
+from .common import WrongUse, samples_folder
+from .serve import serve
+
+__all__ = ["WrongUse", "main", "samples_folder"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="kobold-sp")
+def main() -> None:
+    """Soft prompts for local language models.
+
+    \b
+    Example:
+      kobold-sp serve
+    """
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="replace")  # a name may hold what the terminal's encoding has not
+
+
+for _command in (serve, list_):
+    main.add_command(_command)

@@ -1,0 +1,5 @@
+"""``python -m kobold_sp_plugin.cli``."""
+
+from . import main
+
+main()
