@@ -195,6 +195,8 @@ class Attachment:
         self._syncing = threading.RLock()
         self._seen: Callable[[], Any] = _nothing
         self._model: Optional[_Model] = None
+        self._turn = threading.Lock()
+        """The last model's: held while it generates or is measured."""
         self._thread = threading.local()
         self._undo = contextlib.ExitStack()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -212,8 +214,8 @@ class Attachment:
 
     def undo(self) -> None:
         """Leave the host: every function is its own again, and so is the model."""
-        self._undo.close()
         with self._syncing:
+            self._undo.close()
             self._release()
 
     @property
@@ -236,23 +238,24 @@ class Attachment:
                 return  # the host assigns the model first, and then its tokenizer
             self._release()
             if model is None:
-                self.session.use(None)
                 return
             self._seen = weakref.ref(model)
             name = " + ".join([str(self.shared.model_name), *map(str, getattr(self.shared, "lora_names", []))])
             try:
                 self._model = _Model(self, model, self.shared.tokenizer, name)
+                self._turn = self._model.engine.lock
                 self.session.use(self._model.engine)
             except Exception as error:
                 if not isinstance(error, SoftPromptError):
                     _log().exception("Soft prompts cannot be used with %s", name)
-                self._release(keep_seen=True)
+                self._release()
+                self._seen = weakref.ref(model)
                 self.session.use(_Refusing(model, name, str(error)))
             self._recall()
 
-    def _release(self, keep_seen: bool = False) -> None:
-        if not keep_seen:
-            self._seen = _nothing
+    def _release(self) -> None:
+        self._seen = _nothing
+        self.session.use(None)  # before the model is let go: an engine that is told of it attaches again
         model, self._model = self._model, None
         if model is not None:
             model.undo()
@@ -269,15 +272,11 @@ class Attachment:
 
     def _load(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A loader: no measurement may keep the old model in memory while the new one is read."""
-        engine: Any = self.session.engine
         with self._syncing:
             if self.shared.model is None:
                 self._release()
-                self.session.use(None)
-        lock = getattr(engine, "lock", None)
-        if lock is not None and lock.acquire(timeout=_LONGEST_WAIT_SECONDS):
-            lock.release()
-        del engine, lock
+        if self._turn.acquire(timeout=_LONGEST_WAIT_SECONDS):
+            self._turn.release()
         return original(*args, **kwargs)
 
     # The selection

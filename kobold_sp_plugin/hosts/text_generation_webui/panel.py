@@ -60,10 +60,16 @@ class Panel:
     def choices(self) -> List[Tuple[str, str]]:
         """Label and file name of what may be selected, and of what is."""
         status = self._attachment.session.status()
+        shown = [each for each in status["entries"] if each["usable"] or each["filename"] in status["selection"]]
+        names = [each["name"] for each in shown]
         return [
-            (f"{each['name']} ({_tokens(each['n_tokens'])})", each["filename"])
-            for each in status["entries"]
-            if each["usable"] or each["filename"] in status["selection"]
+            (
+                each["name"]
+                + (f", {each['filename']}" if names.count(each["name"]) > 1 else "")
+                + f" ({_tokens(each['n_tokens'])})",
+                each["filename"],
+            )
+            for each in shown
         ]
 
     @property
