@@ -140,10 +140,13 @@ class Extension:
         return state if self.attached is None else self.attached.carrying(state)
 
     def ui(self) -> None:
-        """Build the block, inside the host's interface."""
+        """Build the block, inside the host's interface; whatever fails, the rest of that is built."""
         from . import panel
 
-        panel.build(self.attached, self.fault)
+        try:
+            panel.build(self.attached, self.fault)
+        except Exception:
+            _log().exception("The soft prompts block could not be built")
 
     def custom_css(self) -> str:
         """What the block's looks need."""
@@ -392,7 +395,7 @@ class Attachment:
             with self._scoring(getattr(self._thread, "request", None)):
                 return original(*args, **kwargs)
         except SoftPromptError as error:
-            raise _refusal(original, str(error)) from error
+            raise _refusal(original.__module__, str(error)) from error
 
     def _completions(self, original: Callable[..., Any], body: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
         """The answers to a request; each may be asked for by another thread."""
@@ -461,7 +464,6 @@ class Attachment:
             return
         if hasattr(sys.modules.get(f"{package}.script"), "app"):
             _log().warning("Requests to the API can name a %s once the program is started anew.", REQUEST_FIELD)
-        errors = importlib.import_module(f"{package}.errors")
 
         def resolved(cls: Any, value: Any) -> Any:
             if value is None or not self.enabled:
@@ -469,7 +471,7 @@ class Attachment:
             try:
                 return self.asked(value)
             except SoftPromptError as error:
-                raise errors.InvalidRequestError(message=str(error), param=REQUEST_FIELD) from error
+                raise _refusal(module.__name__, str(error)) from error
 
         field = pydantic.Field(
             default=None,
@@ -632,13 +634,18 @@ def _constants(function: Any) -> Tuple[Any, ...]:
     return getattr(getattr(inspect.unwrap(function), "__code__", None), "co_consts", ("logits_processor",))
 
 
-def _refusal(function: Callable[..., Any], message: str) -> Exception:
-    """The host's own error for a request that cannot be served, as the API beside ``function`` raises it."""
-    package = function.__module__.rpartition(".")[0]
-    error: Exception = importlib.import_module(f"{package}.errors").InvalidRequestError(
-        message=message, param=REQUEST_FIELD
-    )
-    return error
+def _refusal(module: str, message: str) -> Exception:
+    """The error for a request that cannot be served, of the API that ``module`` belongs to.
+
+    Releases before 4.2 do not answer their own error; a wrong value they do.
+    """
+    package = module.rpartition(".")[0]
+    error: Any = importlib.import_module(f"{package}.errors").InvalidRequestError
+    app = getattr(sys.modules.get(f"{package}.script"), "app", None)
+    if any(isinstance(kind, type) and issubclass(error, kind) for kind in getattr(app, "exception_handlers", [error])):
+        refusal: Exception = error(message=message, param=REQUEST_FIELD)
+        return refusal
+    return ValueError(message)
 
 
 def _nothing() -> None:
