@@ -3,10 +3,8 @@
 Run where ``KOBOLD_SP_TEXTGEN`` and ``KOBOLD_SP_TEXTGEN_PYTHON`` name an installation; its user_data stays as it is.
 """
 
-import json
 import math
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -21,7 +19,6 @@ from hosts.real_text_generation_webui import (
     make_lora,
     make_with_rows,
     user_data,
-    wait_for,
 )
 
 from kobold_sp_plugin import SoftPrompt
