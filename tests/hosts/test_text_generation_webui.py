@@ -548,6 +548,8 @@ def test_the_budget_is_reserved_once_for_each_of_several_answers(api):
         ("../softprompts/noir.zip", "leads out of the folder"),
         ("wide.zip", "wide.zip: made for 64 columns, this model has 32"),
         (["noir.zip", "gone.zip"], "there is no soft prompt named 'gone.zip'"),
+        (["noir.zip"] * 32, "128 soft tokens leave no room in the model's 128"),
+        (["noir.zip"] * 65, "65 soft prompts at once"),
     ],
 )
 def test_a_request_that_cannot_be_served_is_refused_before_it_is_answered(api, asked, reason):
@@ -778,6 +780,19 @@ def test_the_script_alone_does_not_keep_the_host_from_starting(host, caplog, mon
 
 
 # The block
+
+
+def test_a_block_that_cannot_be_built_leaves_the_rest_of_the_interface_alone(started, caplog, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    ours.extension.ui()
+    assert "could not be built" in caplog.text
+
+
+def test_the_script_has_what_the_host_looks_for(started):
+    script = sys.modules["user_ext_soft_prompts"]
+    assert script.params["is_tab"] is False
+    assert panel.POLL in script.custom_css() and panel.POLL in script.custom_js()
+    assert callable(script.ui) and not hasattr(script, "custom_tokenized_length"), "it would silence other extensions'"
 
 
 @pytest.fixture

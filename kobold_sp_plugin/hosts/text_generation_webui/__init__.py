@@ -22,7 +22,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 from ...compatibility import ModelFacts
 from ...errors import ContextExceeded, HostError, NoModel, SelectionError, SoftPromptError, UnsupportedModel
 from ...patching import patch, when_imported
-from ...session import Session
+from ...session import MOST_SELECTED, Session
 from ...softprompt import SoftPrompt
 
 OLDEST = "1.2"
@@ -305,13 +305,19 @@ class Attachment:
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
             raise SelectionError(f"{REQUEST_FIELD} is a file name, or a list of file names")
         names = [name.strip() for name in names if name.strip()]
+        if len(names) > MOST_SELECTED:
+            raise SelectionError(f"{len(names)} soft prompts at once; at most {MOST_SELECTED} can be asked for")
         self.sync()
-        if self.session.engine is None and names:  # idle: the host loads the model again when it generates
+        engine = self.session.engine
+        if engine is None and names:  # idle: the host loads the model again when it generates
             try:
                 return Chosen([self.session.catalogue.load(name) for name in names])
             except OSError as error:
                 raise SelectionError(f"it cannot be read: {error.strerror or error}") from error
-        return Chosen([self.session.softprompt(name) for name in names])
+        chosen = Chosen([self.session.softprompt(name) for name in names])
+        if engine is not None and engine.context is not None and chosen.n_tokens >= engine.context:
+            raise ContextExceeded(f"{chosen.n_tokens} soft tokens leave no room in the model's {engine.context}")
+        return chosen
 
     def _chosen(self, state: Any) -> Chosen:
         """The soft prompts of a generation that begins now with ``state``."""
@@ -326,7 +332,8 @@ class Attachment:
     def carrying(self, state: Dict[str, Any]) -> Dict[str, Any]:
         """``state`` itself where the model takes no soft prompts, else a copy with its soft prompts and their room."""
         self.sync()
-        if self._model is None:
+        model = self._model
+        if model is None:
             return state
         from transformers import LogitsProcessorList
 
@@ -334,7 +341,7 @@ class Attachment:
         processors = LogitsProcessorList([] if given is None else given if isinstance(given, list) else [given])
         chosen = Chosen(self._chosen(state).softprompts, len(processors))
         setattr(processors, _CARRIED, chosen)
-        reserved = reserve(state, chosen.n_tokens, self._model.engine.context)
+        reserved = reserve(state, chosen.n_tokens, model.engine.context)
         if reserved.get("max_new_tokens") != state.get("max_new_tokens"):
             _log().warning(
                 "%d soft tokens leave no room for a prompt beside %s new tokens; %s are generated at most.",
@@ -637,7 +644,7 @@ def _constants(function: Any) -> Tuple[Any, ...]:
 def _refusal(module: str, message: str) -> Exception:
     """The error for a request that cannot be served, of the API that ``module`` belongs to.
 
-    Releases before 4.2 do not answer their own error; a wrong value they do.
+    Releases before 4.1 do not answer their own error; a wrong value they do.
     """
     package = module.rpartition(".")[0]
     error: Any = importlib.import_module(f"{package}.errors").InvalidRequestError
