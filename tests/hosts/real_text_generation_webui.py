@@ -184,14 +184,18 @@ class Refused(Exception):
 
 
 class Host:
-    """``server.py`` over ``data``, a folder of :func:`user_data`; ``arguments`` go to its command line."""
+    """``server.py`` over ``data``, a folder of :func:`user_data`.
 
-    def __init__(self, data, *arguments, extension=True, webui=False, model="llama"):
+    ``arguments`` go to its command line; it finds our package in ``packages``.
+    """
+
+    def __init__(self, data, *arguments, extension=True, webui=False, model="llama", packages=REPOSITORY):
         self.data = Path(data)
         self.port, self.page_port = free_port(), free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.page = f"http://127.0.0.1:{self.page_port}/"
         self.webui = webui
+        self.packages = packages
         self.command = [PYTHON, "server.py", "--cpu", "--user-data-dir", str(data), "--api"]
         self.command += ["--api-port", str(self.port), "--loader", "Transformers"]
         self.command += ["--listen-port", str(self.page_port)] if webui else ["--nowebui"]
@@ -233,7 +237,7 @@ class Host:
                 stderr=log,
                 env={
                     **os.environ,
-                    "PYTHONPATH": str(REPOSITORY),
+                    "PYTHONPATH": str(self.packages),
                     "PYTHONUNBUFFERED": "1",
                     "PYTHONDONTWRITEBYTECODE": "1",
                     "OMP_NUM_THREADS": "1",
