@@ -34,10 +34,13 @@ CSS = f"""
 .soft-prompts-light.waiting {{ background: #d9a514; }}
 .soft-prompts-light.fault {{ background: #d64545; }}
 .soft-prompts-notice {{ margin-top: 0.4em; }}
-.soft-prompts-files {{ max-height: 16em; overflow-y: auto; margin-top: 0.6em; }}
+.soft-prompts-files {{ max-height: 16em; overflow: auto; margin-top: 0.6em; }}
 .soft-prompts-files table {{ width: 100%; border-collapse: collapse; font-size: 0.9em; }}
 .soft-prompts-files td, .soft-prompts-files th {{ text-align: left; vertical-align: top; padding: 0.15em 0.6em 0.15em 0;
+  white-space: nowrap; }}
+.soft-prompts-files td:nth-child(1), .soft-prompts-files td:nth-child(2) {{ white-space: normal; min-width: 8em;
   overflow-wrap: anywhere; }}
+.soft-prompts-files td:nth-child(5) {{ white-space: normal; min-width: 12em; overflow-wrap: anywhere; }}
 .soft-prompts-files tr.unfit {{ opacity: 0.65; }}
 """
 JS = f"""
@@ -193,10 +196,11 @@ def _build(gr: Any, attachment: "Attachment", panel: Panel) -> None:
             elem_classes=["slim-dropdown"],
             interactive=mine,
         )
-        small = {"elem_classes": ["refresh-button"], "interactive": mine}
+        small: Dict[str, Any] = {"elem_classes": ["refresh-button"], "interactive": mine}
         load = gr.Button("Load", elem_id="soft-prompts-load", **small)
         none = gr.Button("None", elem_id="soft-prompts-none", **small)
-        refresh = gr.Button("🔄", elem_id="soft-prompts-refresh", **small)
+        icon = {**small, "elem_classes": ["refresh-button", "refresh-icon-btn"]}  # the host draws its own over it
+        refresh = gr.Button("🔄", elem_id="soft-prompts-refresh", **icon)
         upload = gr.UploadButton("Upload", file_types=list(EXTENSIONS), elem_id="soft-prompts-upload", **small)
     page = gr.HTML(panel.page(), elem_id="soft-prompts-page")
     poll = gr.Button("Poll", elem_id=POLL)
