@@ -23,7 +23,7 @@ from kobold_sp_plugin import SoftPrompt
 from kobold_sp_plugin.errors import HostError, UnknownSoftPrompt
 from kobold_sp_plugin.hosts import koboldai
 
-REPOSITORY = Path(koboldai.__file__).resolve().parents[2]
+REPOSITORY = Path(koboldai.__file__).resolve().parents[3]
 HOOK = REPOSITORY / "hooks" / "koboldai"
 STANDIN = Path(__file__).resolve().parent / "standin_koboldai" / "aiserver.py"
 PROMPT = "The door opened and the rain came in."
