@@ -254,7 +254,8 @@ class TestOldPage:
     def test_list_mark_and_select(self, host, session):
         self.send(host, "splistrequest")
         (answer,) = host.said("from_server", cmd="buildsp")
-        assert [each["filename"] for each in answer["data"]] == ["evil.zip", "noir.zip"]
+        assert [each["filename"] for each in answer["data"]] == ["evil.zip", "noir.zip", "broken.zip", "wide.zip"]
+        assert answer["data"][3]["description"].startswith("Cannot be used: made for 64 columns, this model has 32")
         assert set(answer["data"][1]) == {"name", "author", "supported", "description", "filename", "n_tokens"}
         self.send(host, "spselect", "noir.zip")
         assert session.selection == ()

@@ -11,7 +11,7 @@ import sys
 from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any, Callable, Dict, Optional, Type
 
-from ... import patching
+from ... import __version__, patching
 from ...errors import HostError
 from ...patching import Patch, patch, when_imported
 
@@ -73,7 +73,9 @@ class Hook:
             assert self._session is not None
             self._session.undo()
             self.attached = attach(caller.f_globals)
-            log.info("kobold_sp_plugin is attached to KoboldAI")
+            # Nothing shows Python's own log below warnings; the host's shows this.
+            say = getattr(caller.f_globals.get("logger"), "info", log.info)
+            say(f"kobold_sp_plugin {__version__} is attached: {self.attached.session.catalogue.folder}")
         except HostError as error:
             log.warning("kobold_sp_plugin stays out of this host: %s", error)
         except Exception:
