@@ -125,7 +125,7 @@ EVENTS: Tuple[Event, ...] = (
         '`{"classname": "system", "name", "old_value", "value", "transmit_time"}`, `name` one of `spfilename`, '
         "`spmeta`, `spname`, `sp_length`, `splist` (`[[filename, [name, description]]]`), `allowsp`",
         "One variable of the menu; all of them when a client connects. Of several selected, the first stands for all, "
-        "and `sp_length` counts all.",
+        "and `sp_length` counts all. In `splist`, the usable ones come first; the others' names end with the reason.",
         "KoboldAI, UI2",
     ),
     Event(
@@ -262,7 +262,8 @@ class Menu:
         self.session.refresh()
         view = _View(self.session)
         self._emit("softprompts", view.status, client)
-        self._emit("var_changed", _variable("splist", None, view.variables["splist"]), client)
+        for name in ("splist", "spfilename"):  # the page builds its list anew, and then marks nothing in it
+            self._emit("var_changed", _variable(name, None, view.variables[name]), client)
 
     def load_softprompt_list(self, client: str, payload: Any = "") -> None:
         """Send the client the popup and its rows."""
@@ -298,6 +299,10 @@ class Menu:
         """What the old page's status line shows, as it takes it: filename → metadata, escaped for HTML."""
         return _View(self.session).status_line
 
+    def variables(self) -> Dict[str, Any]:
+        """KoboldAI's variables of the menu, as ``var_changed`` tells them."""
+        return _View(self.session).variables
+
     def relay(self, sleep: Callable[[float], Any]) -> None:
         """Send clients what changes, until :meth:`close`; ``sleep`` is the server's own."""
         while not self._closed.is_set():
@@ -325,8 +330,9 @@ class Menu:
         if notice and notice != before.status["notice"]:
             self._emit("from_server", {"cmd": "warnmsg", "data": html.escape(notice)}, OLD_UI)
         old_values = before.variables
+        has_new_list = now.variables["splist"] != old_values["splist"]
         for name, value in now.variables.items():
-            if value != old_values[name]:
+            if value != old_values[name] or (name == "spfilename" and has_new_list):  # its page marks nothing then
                 self._emit("var_changed", _variable(name, old_values[name], value), UI2)
 
     def _select(self, client: str, filenames: Any) -> Optional[str]:
@@ -351,6 +357,10 @@ class _View:
         self.allowed = session.takes_softprompts
         self.usable = [entry for entry in self.status["entries"] if entry["usable"]]
 
+    def ordered(self) -> List[Dict[str, Any]]:
+        """All entries, the usable ones first."""
+        return sorted(self.status["entries"], key=lambda entry: not entry["usable"])
+
     def old_list(self) -> List[Dict[str, Any]]:
         return [
             {
@@ -359,7 +369,7 @@ class _View:
                 "author": html.escape(entry["author"]),
                 "description": described(entry),
             }
-            for entry in sorted(self.status["entries"], key=lambda entry: not entry["usable"])
+            for entry in self.ordered()
         ]
 
     @cached_property
@@ -375,7 +385,7 @@ class _View:
         n_tokens = self.status["n_tokens"]
         return {
             "allowsp": self.allowed,
-            "splist": [[entry["filename"], [entry["name"], entry["description"]]] for entry in self.usable],
+            "splist": [[entry["filename"], [labelled(entry), described(entry)]] for entry in self.ordered()],
             "spfilename": selected[0]["filename"] if selected else "",
             "spname": selected[0]["name"] if selected else "Not in Use",
             "spmeta": {**_meta(selected[0]), "n_tokens": n_tokens} if selected else None,
@@ -385,6 +395,11 @@ class _View:
     def _selected(self) -> List[Dict[str, Any]]:
         by_name = {entry["filename"]: entry for entry in self.status["entries"]}
         return [by_name[filename] for filename in self.status["selection"] if filename in by_name]
+
+
+def labelled(entry: Dict[str, Any]) -> str:
+    """The name that a list shows which has place for nothing else: with the reason, where it cannot be used."""
+    return str(entry["name"]) if entry["usable"] else f"{entry['name']} ({entry['reason']})"
 
 
 def described(entry: Dict[str, Any]) -> str:
