@@ -527,84 +527,11 @@ def test_a_package_that_was_deleted_by_hand_does_no_harm(host):
 
 # Interruptions
 
-KILLED = """
-import os, shutil, signal, sys
-from pathlib import Path
-sys.path[:0] = [sys.argv[1], sys.argv[2]]
-import test_install as tests
-from kobold_sp_plugin.hosts import install, payload
-
-folder, task = Path(sys.argv[3]), sys.argv[4]
-wanted = ("hooks/koboldai/kobold_sp_koboldai.pth", "hooks/koboldai/kobold_sp_koboldai.py", "__init__.py", "menu.py")
-few = {name: content for name, content in payload.package().items() if name[len("kobold_sp_plugin/"):] in wanted}
-environment = install.environment_of(folder)[1]
-install._environment = lambda *_: environment  # which is asked once: starting it is slow
-payload.watchdog = lambda _: payload.Watchdog(None, {}, "")
-os.fsync = lambda _: None  # a kill loses nothing that was written, and this is slow
-pristine = tests.tree(folder)
-
-class Patches(list):
-    def setattr(self, owner, name, value):
-        self.append((owner, name, getattr(owner, name)))
-        setattr(owner, name, value)
-    def undo(self):
-        while self:
-            setattr(*self.pop())
-
-payload.package = lambda: few
-patches = Patches()
-if task != "install":
-    tests.older(patches) if task == "upgrade" else None
-    install.install(folder)
-    patches.undo()
-prepared = folder.with_name("prepared")
-shutil.copytree(folder, prepared, symlinks=True)
-steps = 0
-while True:
-    child = os.fork()
-    if child == 0:
-        left = [steps]
-        def deadly(function):
-            def call(*arguments, **options):
-                if not left[0]:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                left[0] -= 1
-                return function(*arguments, **options)
-            return call
-        for name in ("replace", "unlink", "mkdir", "rmdir"):
-            setattr(os, name, deadly(getattr(os, name)))
-        (install.uninstall if task == "uninstall" else install.install)(folder)
-        os._exit(0)
-    if os.waitpid(child, 0)[1] == 0:
-        break
-    for again in (False, True):
-        if again:
-            shutil.rmtree(folder)
-            shutil.copytree(interrupted, folder, symlinks=True)
-            install.install(folder)
-            record = install.Record.load(folder)
-            assert record.complete and not record.changed() and not record.missing(), steps
-            assert not [path for path in tests.tree(folder) if path.endswith(".kobold-sp")], steps
-        else:
-            interrupted = folder.with_name("interrupted")
-            shutil.copytree(folder, interrupted, symlinks=True)
-            site = tests.site_packages(folder)
-            armed = (site / "kobold_sp_koboldai.pth").exists()
-            whole = all((site / name).exists() for name in few)
-            assert whole or not armed, steps
-        install.uninstall(folder)
-        assert tests.tree(folder) == pristine, (steps, again, sorted(set(tests.tree(folder)) ^ set(pristine)))
-    shutil.rmtree(interrupted)
-    shutil.rmtree(folder)
-    shutil.copytree(prepared, folder, symlinks=True)
-    steps += 1
-print(steps)
-"""
-
 
 @pytest.mark.parametrize("task", ["install", "upgrade", "uninstall"])
 def test_a_kill_at_any_step_can_be_repeated_or_taken_back(host, task):
-    command = [sys.executable, "-c", KILLED, str(REPOSITORY), str(Path(__file__).parent), str(host), task]
+    script = Path(__file__).with_name("interrupted_install.py")
+    command = [sys.executable, str(script), str(REPOSITORY), str(host), task]
     done = subprocess.run(command, capture_output=True, text=True, timeout=55)
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) > 15
