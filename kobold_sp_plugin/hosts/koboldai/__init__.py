@@ -37,7 +37,7 @@ def attach(host: Dict[str, Any]) -> "Attachment":
     from .client import Client
     from .united import United
 
-    found: Type[Attachment] = United if "koboldai_vars" in host and "modeling" in host else Client
+    found: Type[Attachment] = United if "koboldai_vars" in host else Client
     missing = list(faults(host, found.SEAMS))
     if missing:
         raise HostError(f"this is not a KoboldAI that the hook knows: {'; '.join(missing)}")
