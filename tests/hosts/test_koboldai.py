@@ -1,6 +1,9 @@
 """The hook in a stand-in host that runs as its own process, and our side of its seams in this one."""
 
+import contextlib
+import importlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -492,3 +495,103 @@ def test_text_of_a_file_is_escaped_for_the_hosts_page(attached, tmp_path):
     attached["spRequest"]("b.zip ")
     assert attached["vars"].spmeta["name"] == "&lt;b&gt;"
     assert attached.saved == ["b.zip"]
+
+
+def absent(module):
+    """A module of ours cannot be imported; the hook's are imported anew, as at a start."""
+
+    def inject(monkeypatch, host):
+        for name in ("attachment", "client", "united"):
+            known = importlib.import_module(f"kobold_sp_plugin.hosts.koboldai.{name}")
+            monkeypatch.delitem(sys.modules, known.__name__)
+            monkeypatch.setattr(koboldai, name, known)  # which importing it anew would leave another
+        monkeypatch.setitem(sys.modules, module, None)
+
+    return inject
+
+
+def failing(path):
+    """A function of ours raises what nobody expects."""
+
+    def inject(monkeypatch, host):
+        def fail(*args, **kwargs):
+            raise RuntimeError("injected")
+
+        monkeypatch.setattr(path, fail)
+
+    return inject
+
+
+def without(name):
+    return lambda monkeypatch, host: host.pop(name)
+
+
+def another(function):
+    """The same with one more parameter."""
+    return lambda body, kind="": function(body)
+
+
+FAULTS = {
+    # The host is another: it is left alone.
+    "no getmodelname": without("getmodelname"),
+    "no settingschanged": without("settingschanged"),
+    "no ValidationError": without("ValidationError"),
+    "another _generate_text": lambda monkeypatch, host: host.update(_generate_text=another(host["_generate_text"])),
+    "no genseqs": lambda monkeypatch, host: delattr(host["vars"], "genseqs"),
+    # Ours cannot start.
+    "our session is gone": absent("kobold_sp_plugin.session"),
+    "our menu is gone": absent("kobold_sp_plugin.menu"),
+    "our client is gone": absent("kobold_sp_plugin.hosts.koboldai.client"),
+    "no watcher can be started": failing("kobold_sp_plugin.session.Session.watch"),
+    "no relay can be started": failing("flask_socketio.SocketIO.start_background_task"),
+    "a seam cannot be patched": failing("kobold_sp_plugin.hosts.koboldai.attachment.patch"),
+    # An adapter fails while the host runs.
+    "the old model is not let go": failing("kobold_sp_plugin.hosts.koboldai.client.Client._let_go"),
+    "the new model is not shown": failing("kobold_sp_plugin.hosts.koboldai.client.Client._loaded"),
+    "our engine is gone": absent("kobold_sp_plugin.engines.transformers"),
+    "the model is not attached": failing("kobold_sp_plugin.engines.transformers.attach"),
+    "nothing can be selected": failing("kobold_sp_plugin.session.Session.select"),
+    "nothing can be listed": failing("kobold_sp_plugin.session.Session.refresh"),
+    "nothing can be checked": failing("kobold_sp_plugin.session.Session.softprompt"),
+    "no budget can be shown": failing("kobold_sp_plugin.hosts.koboldai.client.Client._show_length"),
+    "no turn can be had": failing("kobold_sp_plugin.engines.transformers.TransformersEngine.override"),
+    "no client is greeted": failing("kobold_sp_plugin.menu.Menu.connected"),
+    "no message is understood": failing("kobold_sp_plugin.menu.Menu.message"),
+    "the status line fails": failing("kobold_sp_plugin.menu.Menu.status_line"),
+    "no script for the page": failing("pathlib.Path.read_text"),
+}
+
+
+def use(host):
+    """All that the hook takes part in, as the host does it; what it writes with nothing selected."""
+    model = tiny_model("gptj")
+    host["load_model"](model, then=lambda: host["spRequest"](""))
+    handlers = host["socketio"].server.handlers["/"]
+    handlers["connect"]("a client")
+    for command in ("splistrequest", "spselect", "sprequest", "submit"):
+        handlers["message"]("a client", {"cmd": command, "data": ""})
+    host["fileops"].getspfiles(32)
+    with contextlib.suppress(ValidationError):
+        host["fileops"].checksp("noir.zip", 32)
+    host["emit"]("from_server", {"cmd": "spstatitems", "data": {}})
+    assert "the page" in host["app"].view_functions["index"]()
+    return [host["calcsubmit"](PROMPT), host["_generate_text"](types.SimpleNamespace(prompt=PROMPT, soft_prompt=""))]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_whatever_of_ours_fails_the_host_works_and_one_line_says_why(fault, in_process, monkeypatch, caplog):
+    host = in_process
+    host["spRequest"] = lambda filename: None
+    expected = use(host)
+    FAULTS[fault](monkeypatch, host)
+    before = host.snapshot()
+    caplog.set_level(logging.INFO)
+    attachment = koboldai.attach_or_say_why_not(host)
+    try:
+        assert str(use(host)) == str(expected)
+        assert host.snapshot() == before, "it has left the host"
+    finally:
+        if attachment is not None:
+            attachment.undo()
+    why = [line for line in caplog.messages if "of this host: " in line or "leaves this host: " in line]
+    assert len(why) == 1, caplog.messages

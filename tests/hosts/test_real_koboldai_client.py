@@ -111,9 +111,9 @@ class TestText:
         width = FAMILIES[family]
         requests = [
             {"seed": seed, "soft_prompt": name, **more}
-            for seed in (1, 2)
+            for seed in (10 * width + len(family), 2 * width + ord(family[-1]))
             for name in ("", f"noir{width}.zip", f"space{width}.zip")
-            for more in ({}, {"n": 2}, {"rep_pen": 3.0}, {"prompt": PROMPT * 9, "max_context_length": 60})
+            for more in ({}, {"n": 2}, {"rep_pen": 3.0}, {"prompt": PROMPT * 60, "max_context_length": 512})
         ]
         with make_host(family, armed=False, name="native-" + family) as host:
             expected = [host.generate(**request) for request in requests]
@@ -189,19 +189,20 @@ class TestDefects:
     def test_1_another_model_empties_the_prompt(self, make_host, armed, models):
         def text_after_switching(host):
             host.ask("PUT", "config/soft_prompt", {"value": "noir64.zip"})
+            time.sleep(2.5)  # then the host has saved its settings for this model
             with Wire(host) as wire:
                 load(wire, models, "gpt2")
-                switched = host.ask("POST", "generate", {"prompt": PROMPT, "max_length": 5, "sampler_seed": 1})
+                # Without a seed: the host keeps a tensor for each, and its loader empties that too.
+                switched = host.ask("POST", "generate", {"prompt": PROMPT, "max_length": 5})
                 load(wire, models, "gptj")
-                back = host.ask("POST", "generate", {"prompt": PROMPT, "max_length": 5, "sampler_seed": 1})
-            return switched[0], back
+                back = host.ask("POST", "generate", {"prompt": PROMPT, "max_length": 5})
+            return switched, back
 
-        before = armed.generate(PROMPT, 1, soft_prompt="noir64.zip", max_length=5, top_k=0, temperature=0.5)
-        assert before
-        status, back = text_after_switching(armed)
-        assert status == back[0] == 200 and selected(armed) == "noir64.zip"
+        switched, back = text_after_switching(armed)
+        assert switched[0] == back[0] == 200, (switched, armed.text_of_log()[-3000:])
+        assert selected(armed) == "noir64.zip"
         with make_host(armed=False, name="switching") as host:
-            assert text_after_switching(host)[0] == 500
+            assert text_after_switching(host)[0][0] == 500
 
     def test_3_and_16_a_bad_file_takes_the_name_but_not_the_tensor(self, native, armed):
         for host in (native, armed):
@@ -211,7 +212,10 @@ class TestDefects:
         assert native.ask("PUT", "config/soft_prompt", {"value": "nan.zip"})[0] == 500
         assert selected(native) == "" and native.generate() == text[native], "it says none, and uses noir"
         status, answer = armed.ask("PUT", "config/soft_prompt", {"value": "nan.zip"})
-        assert status == 422 and "NaN" in str(answer)
+        assert (status, answer) == (
+            422,
+            {"detail": {"value": ["nan.zip: nan in row 0, column 0; expected finite values"]}},
+        )
         assert selected(armed) == "noir64.zip" and armed.generate() == text[armed]
         for host in (native, armed):
             (host.softprompts / "nan.zip").unlink()
@@ -235,8 +239,8 @@ class TestDefects:
     def test_7_a_request_that_fails_leaves_the_host_free(self, native, armed):
         for host in (native, armed):
             host.ask("PUT", "config/soft_prompt", {"value": "noir64.zip"})
-            body = {"prompt": PROMPT, "soft_prompt": "space64.zip", "max_length": 40, "max_context_length": 16}
-            assert host.ask("POST", "generate", body)[0] in (422, 500)
+            body = {"prompt": PROMPT, "soft_prompt": "space64.zip", "max_length": 512, "max_context_length": 512}
+            assert host.ask("POST", "generate", body)[0] == 500, "there is no room for the text"
             assert selected(host) == "noir64.zip"
             assert host.generate()
         os.replace(armed.softprompts / "noir64.zip", armed.softprompts / "away")

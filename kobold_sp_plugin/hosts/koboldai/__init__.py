@@ -44,6 +44,21 @@ def attach(host: Dict[str, Any]) -> "Attachment":
     return found(host)
 
 
+def attach_or_say_why_not(host: Dict[str, Any]) -> "Optional[Attachment]":
+    """Hook KoboldAI, in place, or leave it as it is; one line in the log says which."""
+    try:
+        attached = attach(host)
+    except Exception as error:  # whatever it is, the host starts
+        what = str(error) if isinstance(error, HostError) else f"{type(error).__name__}: {error}"
+        log.warning("kobold_sp_plugin stays out of this host: %s", what)
+        log.debug("why it stays out", exc_info=True)
+        return None
+    # Nothing shows Python's own log below warnings; the host's shows this.
+    say = getattr(host.get("logger"), "info", log.info)
+    say(f"kobold_sp_plugin {__version__} is attached: {attached.session.catalogue.folder}")
+    return attached
+
+
 class Hook:
     """Waits for the host; made by :func:`arm`."""
 
@@ -72,14 +87,9 @@ class Hook:
                 return
             assert self._session is not None
             self._session.undo()
-            self.attached = attach(caller.f_globals)
-            # Nothing shows Python's own log below warnings; the host's shows this.
-            say = getattr(caller.f_globals.get("logger"), "info", log.info)
-            say(f"kobold_sp_plugin {__version__} is attached: {self.attached.session.catalogue.folder}")
-        except HostError as error:
-            log.warning("kobold_sp_plugin stays out of this host: %s", error)
+            self.attached = attach_or_say_why_not(caller.f_globals)
         except Exception:
-            log.exception("kobold_sp_plugin stays out of this host: it could not attach")
+            log.exception("kobold_sp_plugin stays out of this host")
 
 
 def _caller() -> FrameType:

@@ -101,6 +101,7 @@ class Attachment:
         self.answers: Tuple[Type[BaseException], ...] = (SoftPromptError,)
         self._loading: Optional[contextlib.ExitStack] = None
         """While the host loads: locks that are held until it is done, so that nothing is measured meanwhile."""
+        self._has_left = False
         self._in_use: Optional[Tuple[SoftPrompt, ...]] = None
         """What the generation under way reads, whatever is selected meanwhile."""
         self._undo = contextlib.ExitStack()
@@ -119,12 +120,13 @@ class Attachment:
 
     def undo(self) -> None:
         """Leave the host: every seam is its own again."""
+        self._has_left = True
         self._undo.close()
 
     @property
     def _serves(self) -> bool:
         """Whether the model in use is ours; other backends keep the host's own code."""
-        return self.session.engine is not None
+        return not self._has_left and self.session.engine is not None
 
     @property
     def _engine(self) -> Optional["TransformersEngine"]:

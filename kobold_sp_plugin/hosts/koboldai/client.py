@@ -116,7 +116,7 @@ class Client(Attachment):
 
         is_ours = self._serves
         super().undo()
-        model = self._model()
+        model, self._model = self._model(), lambda: None
         if model is not None:
             attach_soft_tokens(model).detach()
             self._host["generator"] = model.generate
@@ -147,6 +147,8 @@ class Client(Attachment):
 
     def _loaded(self) -> None:
         """Show what the backend that is there now can do."""
+        if self._has_left:
+            return
         backend = self._variables.model
         uses_tpu = backend in TPU or getattr(self._variables, "use_colab_tpu", False)
         if self.session.engine is None and not uses_tpu:
