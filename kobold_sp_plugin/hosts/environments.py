@@ -37,6 +37,8 @@ class Host:
     """What is copied from there; the last one is what makes the hook work, so it is written last."""
     destinations: Tuple[Tuple[str, str], ...]
     """Where to: the second of the first pair whose first is there; none: beside the environment's packages."""
+    makes: Tuple[str, ...]
+    """What the hook itself makes in the host's folder when it runs: a file of its state, a folder that may be empty."""
     isolated: bool
     """Whether its own start script keeps packages of the user's (``~/.local``) out."""
     start: str
@@ -62,6 +64,7 @@ _KOBOLDAI: Dict[str, Any] = {
     "hook": "koboldai",
     "files": ("kobold_sp_koboldai.py", "kobold_sp_koboldai.pth"),
     "destinations": (),
+    "makes": (),
     "start": "Start KoboldAI as always.",
 }
 
@@ -89,6 +92,7 @@ HOSTS: Tuple[Host, ...] = (
         hook="text_generation_webui",
         files=("script.py",),
         destinations=(("user_data", "user_data/extensions/soft_prompts"), ("", "extensions/soft_prompts")),
+        makes=("user_data/softprompts.json", "user_data/softprompts"),
         isolated=True,
         start="Start it with `--extensions soft_prompts`, or tick soft_prompts in its Session tab.",
     ),

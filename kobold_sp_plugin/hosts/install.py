@@ -42,7 +42,9 @@ class Record:
     files: Dict[Path, Tuple[str, ...]] = field(default_factory=dict)
     """Every file with the SHA-256 of what we wrote or will write there; in the order of writing."""
     folders: Tuple[Path, ...] = ()
-    """Folders that were not there before."""
+    """Folders that were not there before; they go when they are empty."""
+    made: Tuple[Path, ...] = ()
+    """Files that were not there before, and that the hook writes when it runs."""
 
     @classmethod
     def load(cls, folder: Path) -> Optional["Record"]:
@@ -90,6 +92,7 @@ class Record:
             watchdog=values["watchdog"],
             files={inside(name): tuple(map(str, sums)) for name, sums in values["files"].items()},
             folders=tuple(inside(name) for name in values["folders"]),
+            made=tuple(inside(name) for name in values["made"]),
         )
 
     def save(self) -> None:
@@ -105,6 +108,7 @@ class Record:
             "watchdog": self.watchdog,
             "files": {self._name(path): list(sums) for path, sums in self.files.items()},
             "folders": [self._name(path) for path in self.folders],
+            "made": [self._name(path) for path in self.made],
         }
         _write(self.folder / RECORD, json.dumps(content, indent=1).encode(), durable=True)
 
@@ -347,6 +351,10 @@ def _record(todo: Plan) -> Record:
     files = {path: sums for path, sums in old.items() if path not in todo.files}
     files.update((path, (_sum(content), *old.get(path, ()))) for path, content in todo.files.items())
     folders = dict.fromkeys(todo.before.folders if todo.before is not None else ())
+    made = dict.fromkeys(todo.before.made if todo.before is not None else ())
+    for path in map(todo.folder.joinpath, todo.host.makes):
+        if not os.path.lexists(path):
+            (made if path.suffix else folders)[path] = None
     for path in todo.files:
         around = [path.parent, *path.parent.parents]
         if path.suffix == ".py":
@@ -362,6 +370,7 @@ def _record(todo: Plan) -> Record:
         watchdog=todo.watchdog,
         files=files,
         folders=tuple(folders),
+        made=tuple(made),
     )
 
 
@@ -378,16 +387,15 @@ def _carry_out(todo: Plan, record: Record) -> None:
         _remove(path)
     files = {path: sums[:1] for path, sums in record.files.items() if path in todo.files or path in todo.kept}
     _remove_empty(record.folders)
-    folders = tuple(each for each in record.folders if each.name == "__pycache__" or each.is_dir())
-    replace(record, complete=True, files=files, folders=folders).save()
+    replace(record, complete=True, files=files).save()
 
 
 def _take_back(record: Record) -> Tuple[Tuple[Path, str], ...]:
     """Remove what holds what the record says we wrote, and the record; returns what could not be removed, and why."""
     blocked = []
-    for path in reversed(list(record.files)):  # what makes the hook work was written last
+    for path in (*reversed(list(record.files)), *record.made):  # what makes the hook work was written last
         try:
-            if _sum_of(path) in (None, *record.files[path]):
+            if path in record.made or _sum_of(path) in (None, *record.files[path]):
                 _remove(path)
         except OSError as error:
             blocked.append((path, error.strerror or str(error)))

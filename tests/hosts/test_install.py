@@ -302,10 +302,30 @@ def test_the_text_generation_webui_gets_an_extension(tmp_path, textgen_hook):
     assert (folder / "user_data/extensions/soft_prompts/script.py").is_file()
     assert not (folder / "extensions").exists()
     assert install.status(folder).active is None
+    (folder / "user_data/softprompts").mkdir()  # as the extension does when it runs
+    (folder / "user_data/softprompts.json").touch()
     (folder / "user_data/extensions/soft_prompts/__pycache__").mkdir()
     (folder / "user_data/extensions/soft_prompts/__pycache__/script.cpython-311.pyc").touch()
     install.uninstall(folder)
     assert tree(folder) == before
+
+
+def test_soft_prompts_that_the_user_put_into_the_extensions_folder_stay(tmp_path, textgen_hook):
+    folder = make_host(tmp_path, "text-generation-webui")
+    (folder / "user_data/softprompts").mkdir(parents=True)
+    (folder / "user_data/softprompts.json").write_text("of an extension from before")
+    before = tree(folder)
+    install.install(folder)
+    (folder / "user_data/softprompts.json").write_text("of ours")
+    install.uninstall(folder)
+    (folder / "user_data/softprompts.json").write_text("of an extension from before")
+    assert tree(folder) == before
+    (folder / "user_data/softprompts").rmdir()
+    install.install(folder)
+    (folder / "user_data/softprompts").mkdir()
+    (folder / "user_data/softprompts/noir.zip").touch()
+    install.uninstall(folder)
+    assert (folder / "user_data/softprompts/noir.zip").is_file()
 
 
 def test_a_package_without_a_hook_for_the_host_says_so(host, monkeypatch):
@@ -622,6 +642,7 @@ def damage(folder, change):
         lambda record: record["files"].update({"../outside": [hashlib.sha256(b"").hexdigest()]}),
         lambda record: record["files"].update({"/tmp/outside": [hashlib.sha256(b"").hexdigest()]}),
         lambda record: record["folders"].append("runtime/../../outside"),
+        lambda record: record["made"].append("../outside"),
         lambda record: record["files"].update({".": []}),
         lambda record: record.update(site_packages=None),
     ],
@@ -728,6 +749,7 @@ def test_the_hooks_files_are_the_ones_that_are_installed():
 
 
 def test_a_start_of_python_imports_nothing_for_it(host):
+    (site_packages(host) / "another.pth").write_text("# which Python reads, as it does in any host's environment\n")
     before = set(start(host, "import sys; print(*sys.modules)").stdout.split())
     install.install(host)
     after = set(start(host, "import sys; print(*sys.modules)").stdout.split())
