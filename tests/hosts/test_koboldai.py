@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import types
+import urllib.error
 import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +26,8 @@ from models import tiny_model, tiny_tokenizer
 from kobold_sp_plugin import SoftPrompt
 from kobold_sp_plugin.errors import HostError
 from kobold_sp_plugin.hosts import koboldai
+from kobold_sp_plugin.hosts.koboldai import attachment
+from kobold_sp_plugin.hosts.koboldai.client import REFUSALS, TPU
 
 REPOSITORY = Path(koboldai.__file__).resolve().parents[3]
 HOOK = REPOSITORY / "hooks" / "koboldai"
@@ -113,9 +116,14 @@ class Host:
         self.process.kill()
         self.process.wait(10)
 
-    def post(self, route, **body):
+    def get(self, route):
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/api/v1/{route}", timeout=20) as answer:
+            return json.loads(answer.read())
+
+    def post(self, route, method="POST", **body):
         url = f"http://127.0.0.1:{self.port}/api/v1/{route}"
-        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers, method=method)
         with urllib.request.urlopen(request, timeout=20) as answer:
             return json.loads(answer.read())
 
@@ -270,6 +278,17 @@ class TestArmedHost:
         assert client.text() == native["space.zip"]
         assert json.loads((host.place / "settings.json").read_text()) == {"softprompt": "space.zip"}
 
+    def test_its_http_api_lists_and_validates_as_the_menu_does(self, client, host):
+        names = [each["value"] for each in host.get("config/soft_prompts_list")["values"]]
+        assert names == ["noir.zip", "space.zip"]
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            host.post("config/soft_prompt", "PUT", value="wide.zip")
+        assert refused.value.code == 422 and "made for 64 columns" in refused.value.read().decode()
+        host.post("config/soft_prompt", "PUT", value="noir.zip")
+        client.hears("spstatitems", when=lambda data: list(data) == ["noir.zip"])
+        host.post("config/soft_prompt", "PUT", value="  ")
+        client.hears("spstatitems", when=lambda data: data == {})
+
     def test_another_model_keeps_what_fits_it(self, client, host, models, native):
         client.say("load_model", str(models / "second"))
         client.hears("show_model_name")
@@ -351,11 +370,19 @@ class Globals(dict):
 
         def load_model(model, then=lambda: None):
             self.update(model=model, generator=None, tokenizer=tiny_tokenizer())
+            if model is None:
+                return
             Variables.allowsp = True
             self["patch_causallm"](model)
             self["generator"] = model.generate
             then()
 
+        def calcsubmit(txt):
+            ids = tiny_tokenizer()(txt, return_tensors="pt")["input_ids"]
+            self.meanwhile()
+            return self["_generate"](ids).tolist()
+
+        self.meanwhile = lambda: None
         fileops = types.ModuleType("fileops")
         fileops.getspfiles = lambda model_dimension: ["the host's own"]
         fileops.checksp = lambda filename, model_dimension: (1, None, None, None, None)
@@ -363,7 +390,7 @@ class Globals(dict):
             app=app,
             fileops=fileops,
             emit=lambda *payload, **to: self.emitted.append(payload),
-            calcsubmit=lambda txt: self["_generate"](tiny_tokenizer()(txt, return_tensors="pt")["input_ids"]),
+            calcsubmit=calcsubmit,
             _generate_text=lambda body: self["calcsubmit"](body.prompt),
             ValidationError=ValidationError,
             socketio=socketio,
@@ -490,11 +517,129 @@ def test_a_generation_waits_while_the_effect_is_measured(attached):
 
 
 def test_text_of_a_file_is_escaped_for_the_hosts_page(attached, tmp_path):
-    softprompt(5, name="<b>").save(tmp_path / "softprompts" / "b.zip")
+    softprompt(5, name="<b>").save(tmp_path / "softprompts" / "<i>.zip")
     attached["load_model"](tiny_model("gptj"))
-    attached["spRequest"]("b.zip ")
+    attached["spRequest"]("<i>.zip ")
     assert attached["vars"].spmeta["name"] == "&lt;b&gt;"
-    assert attached.saved == ["b.zip"]
+    assert attached.saved == ["<i>.zip"]
+    shown = {attached["vars"].spfilename: attached["vars"].spmeta}
+    attached["emit"]("from_server", {"cmd": "spstatitems", "data": shown})  # the host's greeting
+    assert list(attached.emitted[-1][1]["data"]) == ["&lt;i&gt;.zip"]
+
+
+def test_the_hosts_list_and_validator_say_what_the_menu_says(attached, tmp_path):
+    fileops = attached["fileops"]
+    assert fileops.getspfiles(32) == ["the host's own"], "no model of ours"
+    attached["load_model"](tiny_model("gptj"))
+    rows = np.full((3, 32), 1e39)  # more than float32 can hold
+    np.save(tmp_path / "softprompts" / "large.npy", rows)
+    assert [(each["filename"], each["n_tokens"]) for each in fileops.getspfiles(32)][:2] == [
+        ("large.npy", 3),
+        ("noir.zip", 4),
+    ]
+    file, *_, shape, _, _ = fileops.checksp("noir.zip", 32)
+    file.close()
+    assert shape == (4, 32)
+    for filename, why in {
+        "wide.zip": "made for 64 columns",
+        "gone.zip": "no soft prompt named",
+        "../noir.zip": "leads out of the folder",
+        "large.npy": "finite",
+    }.items():
+        with pytest.raises(ValidationError, match=why):
+            fileops.checksp(filename, 32)
+
+
+@pytest.fixture
+def texts(attached):
+    """What the attached host writes with each soft prompt selected."""
+    attached["load_model"](tiny_model("gptj"))
+    texts = {}
+    for filename in ("noir.zip", "space.zip", ""):
+        attached["spRequest"](filename)
+        texts[filename] = attached["calcsubmit"](PROMPT)
+    return texts
+
+
+def test_a_generation_keeps_what_its_budget_was_counted_with(attached, texts):
+    seen = []
+
+    def meanwhile():
+        attached["spRequest"]("noir.zip")
+        seen.append((attached["vars"].spfilename, attached["vars"].sp_length))
+
+    attached["spRequest"]("space.zip")
+    attached.meanwhile = meanwhile
+    assert attached["calcsubmit"](PROMPT) == texts["space.zip"]
+    assert seen == [("noir.zip", 6)] and attached["vars"].sp_length == 4
+
+
+def test_a_request_reads_its_own_soft_prompt_and_touches_nobodys(attached, texts):
+    attached["spRequest"]("space.zip")
+    saved = list(attached.saved)
+    lengths = []
+    attached.meanwhile = lambda: lengths.append(attached["vars"].sp_length)
+    for filename, text in (("noir.zip", texts["noir.zip"]), (" ", texts[""]), (None, texts["space.zip"])):
+        body = types.SimpleNamespace(prompt=PROMPT, soft_prompt=filename)
+        assert attached["_generate_text"](body) == text
+    assert lengths == [4, 0, 6]
+    assert attached.session.selection == ("space.zip",) and attached.saved == saved
+    attached.meanwhile = lambda: attached["spRequest"]("noir.zip")
+    assert attached["_generate_text"](types.SimpleNamespace(prompt=PROMPT, soft_prompt="")) == texts[""]
+    assert attached.session.selection == ("noir.zip",), "the user's choice outlives the request"
+
+
+def test_a_request_that_fails_leaves_everything_as_it_was(attached, texts):
+    attached["spRequest"]("space.zip")
+    with pytest.raises(ValidationError, match="no soft prompt named"):
+        attached["_generate_text"](types.SimpleNamespace(prompt=PROMPT, soft_prompt="gone.zip"))
+    attached.meanwhile = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        attached["_generate_text"](types.SimpleNamespace(prompt=PROMPT, soft_prompt="noir.zip"))
+    assert (attached["vars"].spfilename, attached["vars"].sp_length) == ("space.zip", 6)
+    attached.meanwhile = lambda: None
+    assert attached["calcsubmit"](PROMPT) == texts["space.zip"], "the host's own error is no reason to leave it"
+
+
+def test_a_request_that_the_host_will_refuse_changes_nothing_for_the_one_under_way(attached, texts):
+    body = types.SimpleNamespace(prompt=PROMPT, soft_prompt="noir.zip")
+    attached["vars"].aibusy = True
+    attached["_generate_text"](body)
+    assert body.soft_prompt == "noir.zip"
+
+
+@pytest.mark.parametrize("backend", sorted(REFUSALS))
+def test_a_backend_that_takes_none_says_why(attached, backend):
+    attached["vars"].model = backend
+    attached["load_model"](None)
+    assert {entry.reason for entry in attached.session.entries()} == {REFUSALS[backend]}
+    assert attached["vars"].allowsp is False and attached["fileops"].getspfiles(-1) == []
+    with pytest.raises(ValidationError, match=REFUSALS[backend]):
+        attached["spRequest"]("noir.zip")
+    attached["spRequest"](" ")
+
+
+def test_a_backend_of_the_hosts_own_kind_stays_the_hosts(attached):
+    attached["vars"].model = TPU[0]
+    attached["load_model"](None)
+    assert attached.session.engine is None and attached["fileops"].getspfiles(32) == ["the host's own"]
+
+
+def test_soft_prompts_on_a_google_drive_are_found(tmp_path, monkeypatch):
+    drive, own = tmp_path / "drive", tmp_path / "softprompts"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(attachment, "DRIVE", drive)
+    assert attachment.softprompts_folder() == own
+    drive.mkdir()
+    assert attachment.softprompts_folder() == drive
+    own.symlink_to(drive)  # as the notebooks do it
+    assert attachment.softprompts_folder() == drive
+    softprompt(1).save(drive / "noir.zip")
+    assert attachment.softprompts_folder() == own
+    own.unlink()
+    own.mkdir()
+    softprompt(2).save(own / "mine.zip")
+    assert attachment.softprompts_folder() == own
 
 
 def absent(module):

@@ -168,7 +168,6 @@ def calcsubmit(txt):
     """The continuation of as much of the text's end as there is room for."""
     ids = tokenizer(txt)["input_ids"]
     room = vars.max_length - vars.sp_length - vars.genamt
-    socketio.sleep(float(os.environ.get("STANDIN_PAUSE", 0)))  # a change of the selection may come in between
     return tpool.execute(_generate, ids[-room:])
 
 
