@@ -388,13 +388,9 @@ def test_samples_are_not_put_among_the_users_soft_prompts(host):
 
 def older(monkeypatch):
     """Make this package an older one, with another file in it."""
-    own = payload.package()
-    files = {
-        **own,
-        "kobold_sp_plugin/old.py": b"",
-        "kobold_sp_plugin/old/older.py": b"",
-        "kobold_sp_plugin/menu.py": b"",
-    }
+    files = dict(payload.package())
+    for name in ("old.py", "old/older.py", "menu.py", "__init__.py"):
+        files[f"kobold_sp_plugin/{name}"] = b""
     about = {
         "kobold_sp_plugin-0.0.9.dist-info/METADATA": b"Metadata-Version: 2.1\nName: kobold_sp_plugin\nVersion: 0.0.9"
     }
