@@ -623,6 +623,12 @@ def test_a_backend_of_the_hosts_own_kind_stays_the_hosts(attached):
     attached["vars"].model = TPU[0]
     attached["load_model"](None)
     assert attached.session.engine is None and attached["fileops"].getspfiles(32) == ["the host's own"]
+    attached["vars"].sp_length = 9  # the host has selected
+    attached.meanwhile = lambda: lengths.append(attached["vars"].sp_length)
+    attached["generator"], lengths = lambda ids, **settings: ids, []
+    attached["calcsubmit"](PROMPT)
+    attached["_generate_text"](types.SimpleNamespace(prompt=PROMPT, soft_prompt="x.zip"))
+    assert lengths == [9, 9] and attached["vars"].sp_length == 9
 
 
 def test_soft_prompts_on_a_google_drive_are_found(tmp_path, monkeypatch):

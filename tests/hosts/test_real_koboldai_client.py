@@ -111,7 +111,7 @@ class TestText:
         width = FAMILIES[family]
         requests = [
             {"seed": seed, "soft_prompt": name, **more}
-            for seed in (10 * width + len(family), 2 * width + ord(family[-1]))
+            for seed in (100 + list(FAMILIES).index(family), 200 + list(FAMILIES).index(family))  # see test_1
             for name in ("", f"noir{width}.zip", f"space{width}.zip")
             for more in ({}, {"n": 2}, {"rep_pen": 3.0}, {"prompt": PROMPT * 60, "max_context_length": 512})
         ]

@@ -213,6 +213,8 @@ class Client(Attachment):
     # Generations
 
     def _submit(self, original: Callable[..., Any], txt: str) -> Any:
+        if self._engine is None:
+            return original(txt)
         with self._generation(self.session.softprompts):
             return original(txt)
 
