@@ -5,8 +5,10 @@ sound, and sent by the menu's relay alone, as in every host.
 """
 
 import contextlib
+import html
 import io
 import logging
+import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 from urllib.parse import parse_qs
@@ -76,7 +78,9 @@ UNITED: Tuple[Seam, ...] = (
     Seam("function", "settingschanged", "Called after a choice, so that the host remembers it."),
     Seam("function", "ValidationError", "Raised with our reason where the host's API answers 422 for it."),
     Seam("function", "koboldai_vars.calc_ai_text", "Called where the selection changes: the page's context bar."),
-    Seam("value", "koboldai_settings.multi_story", "Where stories have rooms of their own, the bar waits for the host."),
+    Seam(
+        "value", "koboldai_settings.multi_story", "Where stories have rooms of their own, the bar waits for the host."
+    ),
     Seam("value", "model_backends", "The backends by name, each with the methods of the table below."),
     Seam("value", "socketio", "Emits, and runs the menu's relay in a green thread."),
     Seam("value", "koboldai_vars.model", "The model's name in the menu."),
@@ -100,7 +104,13 @@ UNITED: Tuple[Seam, ...] = (
 )
 
 BACKEND: Tuple[Seam, ...] = (
-    Seam("function", "unload", "Lets the model go before the host empties every tensor of the process.", "_unload"),
+    Seam(
+        "function",
+        "unload",
+        "Lets the model go before the host empties every tensor of the process; and its stopping rules, which the host "
+        "would ask of the next model too.",
+        "_unload",
+    ),
     Seam(
         "function",
         "core_generate",
@@ -212,7 +222,11 @@ class United(Attachment):
     def _unload(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with contextlib.ExitStack() as unloading:
             self._let_go(unloading)
-            return original(*args, **kwargs)
+            result = original(*args, **kwargs)
+        core = getattr(sys.modules.get("modeling.inference_model"), "use_core_manipulations", None)
+        if core is not None:
+            core.get_stopping_criteria = None  # "Basic Huggingface" sets none, and fails with another backend's
+        return result
 
     def _load_model(self, original: Callable[..., Any], model_backend: str, *args: Any, **kwargs: Any) -> Any:
         refusal = "this model could not be loaded"
@@ -285,14 +299,11 @@ class United(Attachment):
             self._host["settingschanged"]()
 
     def _save(self, original: Callable[[Any], str], settings: Any) -> str:
-        values = vars(settings)
-        in_use = values["spfilename"]
-        if self._serves:
-            values["spfilename"] = self._remembered[0] if self._remembered else ""
-        try:
+        if not self._serves:
             return original(settings)
-        finally:
-            values["spfilename"] = in_use
+        saved = object.__new__(type(settings))  # a copy: the host saves from a thread of its own
+        vars(saved).update(vars(settings), spfilename=self._remembered[0] if self._remembered else "")
+        return original(saved)
 
     def _list(self, original: Callable[..., List[Dict[str, Any]]], model_dimension: int) -> List[Dict[str, Any]]:
         if not self._serves:
@@ -393,6 +404,9 @@ class United(Attachment):
         if not self._serves and event != "softprompts":
             return
         super()._emit(event, payload, to)
+        if event == "from_server" and payload["cmd"] == "warnmsg":  # which the new page does not know
+            notice = {"title": "Soft prompts", "text": html.unescape(payload["data"])}  # and it inserts text as text
+            super()._emit("show_error_notification", notice, UI2)
         if event == "var_changed" and payload["name"] == "sp_length" and to == UI2:
             if not self._variables.aibusy and not self._host["koboldai_settings"].multi_story:
                 self._variables.calc_ai_text()
