@@ -35,6 +35,12 @@
     │   ├── NoModel                 nothing is loaded that could use a soft prompt
     │   └── UnknownSoftPrompt       no such file in the folder
     └── HostError                   a host application that is not the one a hook knows
+        ├── UnknownHost             a folder that is none of the host applications that we can be installed into
+        ├── NoEnvironment           a host whose Python environment cannot be found, told apart or used
+        ├── ForeignPackage          an environment with another release of ours, which somebody else put there
+        ├── FileInTheWay            a file that is not ours, or no longer, where one of ours has to go
+        ├── NotWritable             a folder that an install cannot write to
+        └── BadRecord               a record of an install that cannot be read
 """
 
 from typing import Optional
@@ -188,3 +194,27 @@ class UnknownSoftPrompt(SelectionError):
 
 class HostError(SoftPromptError):
     """A host application that is not the one a hook knows; nothing was changed."""
+
+
+class UnknownHost(HostError):
+    """A folder that is none of the host applications that we can be installed into."""
+
+
+class NoEnvironment(HostError):
+    """A host whose Python environment cannot be found, told apart from others, or used."""
+
+
+class ForeignPackage(HostError):
+    """An environment with another release of ``kobold_sp_plugin``, which this host's install did not put there."""
+
+
+class FileInTheWay(HostError):
+    """A file that is not ours, or was changed after it was installed, where one of ours has to go."""
+
+
+class NotWritable(HostError):
+    """A folder that an install cannot write to, or could not finish writing to; what was written is gone again."""
+
+
+class BadRecord(HostError):
+    """A record of an install that cannot be read, so that nothing can be upgraded or taken back by it."""

@@ -157,6 +157,26 @@ class TestStopping:
             assert list(engine.generate(GenerationSettings("The door"), stop=stop)) == []
         timer.join()
 
+    def test_a_generation_goes_before_a_measurement_that_is_under_way(self, engine, model):
+        order = []
+        model.register_forward_pre_hook(lambda *_: order.append(threading.current_thread().name))
+        with engine.lock:
+            measuring = threading.Thread(target=engine.effect, args=([softprompt()],), name="measuring")
+            measuring.start()
+        wait = threading.Event()
+        while not order:
+            wait.wait(0.001)
+        began = len(order)
+        with engine.lock:
+            order.append("turn")
+            wait.wait(0.05)
+        measuring.join()
+        turn = order.index("turn")
+        assert turn <= began + 2, "no later than after the forward pass that was under way"
+        assert order.count("measuring") == 2 * len(PROBES) and order[turn + 1 :] == ["measuring"] * (
+            len(order) - turn - 1
+        )
+
     def test_an_iterator_that_nobody_reads_starts_nothing(self, engine):
         threads = threading.active_count()
         engine.generate(GenerationSettings("The door"))

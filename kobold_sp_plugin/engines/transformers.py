@@ -7,9 +7,10 @@ text of them, and answers whether to stop; streamers came later than our lowest 
 import secrets
 import threading
 import weakref
+from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 from queue import SimpleQueue
-from typing import Any, Dict, Generator, List, Optional, Sequence, Tuple, Union
+from typing import Any, ContextManager, Dict, Generator, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, StoppingCriteriaList
@@ -82,16 +83,59 @@ def _is_a_path(name: str) -> bool:
     return name.startswith((".", "~", "/")) or "\\" in name or name.count("/") > 1 or bool(PureWindowsPath(name).drive)
 
 
+class Turns:
+    """A lock on one model, which a measurement gets only while nobody who generates wants it."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._taken = False
+        self._wanted = 0
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        """Take the model to generate, like :class:`threading.Lock`."""
+        with self._changed:
+            self._wanted += 1
+            seconds = (None if timeout < 0 else timeout) if blocking else 0
+            has_turn = self._changed.wait_for(lambda: not self._taken, seconds)
+            self._wanted -= 1
+            self._taken = self._taken or has_turn
+            self._changed.notify_all()
+            return has_turn
+
+    def release(self) -> None:
+        """Give the model back."""
+        with self._changed:
+            self._taken = False
+            self._changed.notify_all()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+    @contextmanager
+    def in_between(self) -> Iterator[None]:
+        """Take the model for a moment, as soon as nobody has it or waits for it."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._taken and not self._wanted)
+            self._taken = True
+        try:
+            yield
+        finally:
+            self.release()
+
+
 class TransformersEngine:
     """Generates with a model that is already loaded; the model gets soft tokens, and is held weakly.
 
-    ``lock`` is held while the model generates or is measured. A host that generates by itself takes it
-    too, so that a measurement waits.
+    ``lock`` is held while the model generates. A host that generates by itself takes it too, so that a
+    measurement waits.
     """
 
     def __init__(self, model: Any, tokenizer: Any, name: str):
         self.name = name
-        self.lock = threading.Lock()
+        self.lock = Turns()
         self._model = weakref.ref(model)
         self._tokenizer = tokenizer
         self._context = context_of(model)
@@ -123,20 +167,31 @@ class TransformersEngine:
         if model is not None:
             attach(model).select(softprompts)
 
+    def override(self, softprompts: Sequence[SoftPrompt]) -> ContextManager[None]:
+        """Have what a host generates in this thread, inside the ``with`` block, read these and not the selection."""
+        return attach(self._existing()).override(softprompts)
+
     def effect(self, softprompts: Sequence[SoftPrompt]) -> float:
-        """Mean total-variation distance of the next-token distribution with and without, over ``PROBES``: 0 to 1."""
+        """Mean total-variation distance of the next-token distribution with and without, over ``PROBES``: 0 to 1.
+
+        Runs the model for one forward pass at a time, in between generations: none waits for more than that.
+        """
         distances = []
-        with self.lock, torch.no_grad():
+        for probe in PROBES:
+            without = self._next_token(probe, ())
+            having = self._next_token(probe, softprompts)
+            distances.append((having - without).abs().sum().item() / 2)
+        return min(1.0, sum(distances) / len(distances))
+
+    def _next_token(self, text: str, softprompts: Sequence[SoftPrompt]) -> torch.Tensor:
+        """``[vocabulary]``: the distribution of the token after ``text``, with these soft prompts."""
+        with self.lock.in_between(), torch.no_grad():
             model = self._existing()  # not before: who waits for the lock must not keep a model alive
             handle = attach(model)
-            for probe in PROBES:
-                ids = torch.tensor([self._ids(probe)], device=_device_of(model))
-                with handle.override():
-                    without = _next_token(model, handle, ids)
-                with handle.override(softprompts):
-                    having = _next_token(model, handle, ids)
-                distances.append((having - without).abs().sum().item() / 2)
-        return min(1.0, sum(distances) / len(distances))
+            with handle.override(softprompts):
+                ids = torch.tensor([self._ids(text)], device=_device_of(model))
+                logits = model(**handle.prepend(ids)).logits[0, -1]
+            return torch.softmax(logits.float(), dim=-1)
 
     def generate(
         self,
@@ -304,12 +359,6 @@ def _device_of(model: Any) -> torch.device:
     hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
     device = getattr(hook, "execution_device", None)
     return model.device if device is None else torch.device(device)
-
-
-def _next_token(model: Any, handle: SoftTokens, input_ids: torch.Tensor) -> torch.Tensor:
-    """``[vocabulary]``: the distribution of the token after ``input_ids``, with this thread's soft prompts."""
-    logits = model(**handle.prepend(input_ids)).logits[0, -1]
-    return torch.softmax(logits.float(), dim=-1)
 
 
 class _Watcher(StoppingCriteria):
