@@ -19,7 +19,7 @@ from ..compatibility import ModelFacts, context_of, facts
 from ..errors import ContextExceeded, ModelError, NoModel
 from ..soft_tokens import SoftTokens, attach
 from ..softprompt import SoftPrompt
-from . import GenerationSettings
+from . import Effect, GenerationSettings
 
 GREEDY_BELOW = 1e-4
 """A temperature or ``top_p`` below this means the likeliest token; samplers overflow there, or keep none."""
@@ -41,6 +41,9 @@ _RANDOM = threading.Lock()
 
 _Piece = Union[str, BaseException, None]
 """Text; None at the end; or the error that ended it."""
+
+_MOST_LOGITS = 2**25
+"""Of a batch of probes: 128 MB in float32."""
 
 _TAIL = 6
 """Tokens of the prompt that new ones are decoded after: a tokenizer may write a word's space only in context."""
@@ -123,20 +126,23 @@ class TransformersEngine:
         if model is not None:
             attach(model).select(softprompts)
 
-    def effect(self, softprompts: Sequence[SoftPrompt]) -> float:
+    def effect(self, softprompts: Sequence[SoftPrompt]) -> Effect:
         """Mean total-variation distance of the next-token distribution with and without, over ``PROBES``: 0 to 1."""
-        distances = []
+        probes = [self._ids(probe) for probe in PROBES]
         with self.lock, torch.no_grad():
             model = self._existing()  # not before: who waits for the lock must not keep a model alive
             handle = attach(model)
-            for probe in PROBES:
-                ids = torch.tensor([self._ids(probe)], device=_device_of(model))
-                with handle.override():
-                    without = _next_token(model, handle, ids)
-                with handle.override(softprompts):
-                    having = _next_token(model, handle, ids)
-                distances.append((having - without).abs().sum().item() / 2)
-        return min(1.0, sum(distances) / len(distances))
+            with handle.override():
+                without = _next_tokens(model, handle, probes, self._pad_id())
+            with handle.override(softprompts):
+                having = _next_tokens(model, handle, probes, self._pad_id())
+        return Effect(
+            min(1.0, _distances(having, without).mean().item()),
+            _entropies(having).mean().item(),
+            _entropies(without).mean().item(),
+            _distances(having[:, None], having[None]).mean().item(),
+            _distances(without[:, None], without[None]).mean().item(),
+        )
 
     def generate(
         self,
@@ -306,10 +312,34 @@ def _device_of(model: Any) -> torch.device:
     return model.device if device is None else torch.device(device)
 
 
-def _next_token(model: Any, handle: SoftTokens, input_ids: torch.Tensor) -> torch.Tensor:
-    """``[vocabulary]``: the distribution of the token after ``input_ids``, with this thread's soft prompts."""
-    logits = model(**handle.prepend(input_ids)).logits[0, -1]
-    return torch.softmax(logits.float(), dim=-1)
+def _next_tokens(model: Any, handle: SoftTokens, texts: Sequence[List[int]], pad_id: int) -> torch.Tensor:
+    """``[len(texts), vocabulary]``: the distribution of the token after each text, with this thread's soft prompts.
+
+    As many texts at a time as keep the logits below 128 MB; padding stands on the right, where a causal model does
+    not see it.
+    """
+    length = max(map(len, texts))
+    vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None) or 2**18
+    at_once = max(1, _MOST_LOGITS // (vocabulary * (handle.n_tokens + length)))
+    found = []
+    for start in range(0, len(texts), at_once):
+        part = texts[start : start + at_once]
+        ids = torch.tensor([text + [pad_id] * (length - len(text)) for text in part], device=_device_of(model))
+        mask = torch.tensor([[1] * len(text) + [0] * (length - len(text)) for text in part], device=ids.device)
+        logits = model(**handle.prepend(ids, mask)).logits
+        for row, text in zip(logits, part):
+            found.append(torch.softmax(row[len(text) - 1 - length].float(), dim=-1))
+    return torch.stack(found)
+
+
+def _distances(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Total variation between distributions in the last dimension."""
+    return (first - second).abs().sum(-1) / 2
+
+
+def _entropies(distributions: torch.Tensor) -> torch.Tensor:
+    """In nats, over the last dimension."""
+    return torch.special.entr(distributions).sum(-1)
 
 
 class _Watcher(StoppingCriteria):
