@@ -11,6 +11,7 @@ import click
 from .. import __version__
 from .catalogue import list_
 from .common import WrongUse, samples_folder
+from .convert import convert
 from .serve import serve
 
 __all__ = ["WrongUse", "main", "samples_folder"]
@@ -30,5 +31,5 @@ def main() -> None:
         reconfigure(errors="replace")  # a name may hold what the terminal's encoding has not
 
 
-for _command in (serve, list_):
+for _command in (serve, list_, convert):
     main.add_command(_command)

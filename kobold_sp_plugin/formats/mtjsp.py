@@ -16,7 +16,12 @@ from .source import Candidate, Source
 from .torch_pickle import Tensor
 
 _NUMBERS = ("step", "loss", "last_loss", "grad_norm", "grad_norm_micro", "g_avg", "s_avg")
-_SCALARS = {"<u4": np.dtype("<u4"), "<f4": np.dtype("<f4"), "<f8": np.dtype("<f8"), "<i8": np.dtype("<i8")}
+_SCALARS: Dict[str, "np.dtype[Any]"] = {
+    "<u4": np.dtype("<u4"),
+    "<f4": np.dtype("<f4"),
+    "<f8": np.dtype("<f8"),
+    "<i8": np.dtype("<i8"),
+}
 
 
 def detect_npz(candidate: Candidate) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
 
-from ..errors import BadTensorHeader, MetadataNotJSON, TooLarge, TrailingBytes, TruncatedTensor, UnsupportedDtype
+from ..errors import BadTensorHeader, TooLarge, TrailingBytes, TruncatedTensor, UnsupportedDtype
 from ..softprompt import SoftPrompt
 from . import metadata, npy, torch_file
 from .archive import BoundedFile
@@ -110,16 +110,19 @@ def _header(file: BoundedFile, label: str) -> Tuple[Dict[str, Any], int]:
 
 def _place(entry: Any, name: str) -> Tuple[str, List[int], int, int]:
     """dtype, shape and the place of the values, in bytes behind the header."""
-    if isinstance(entry, dict):
-        dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-        if isinstance(dtype, str) and _whole(shape) and _whole(offsets) and len(offsets) == 2 and len(shape) <= 8:
-            if offsets[0] <= offsets[1]:
-                return dtype, shape, offsets[0], offsets[1]
+    parts = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = parts.get("dtype"), _whole(parts.get("shape")), _whole(parts.get("data_offsets"))
+    if isinstance(dtype, str) and shape is not None and offsets is not None and len(offsets) == 2:
+        begin, end = offsets
+        if begin <= end and len(shape) <= 8:
+            return dtype, shape, begin, end
     raise BadTensorHeader(f"{name[:100]!r} without dtype, shape and data_offsets", "all three, in order")
 
 
-def _whole(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and 0 <= value <= 2**62 for value in values)
+def _whole(values: Any) -> Optional[List[int]]:
+    """``values`` where they are a list of whole numbers."""
+    whole = isinstance(values, list) and all(type(value) is int and 0 <= value <= 2**62 for value in values)
+    return values if whole else None
 
 
 def _metadata_of(texts: Any) -> Dict[str, Any]:

@@ -121,9 +121,9 @@ def read_legacy(file: Bounded) -> TorchFile:
         head = file.read(8)
         if storage is None or len(head) < 8:
             raise CorruptMember("a list of storages that contradicts the file", "each storage once")
-        if struct.unpack("<q", head)[0] != storage.count:
-            raise CorruptMember("a storage of two sizes", f"{storage.count} values")
-        size = storage.count * _item_size(storage.kind)
+        if struct.unpack("<q", head)[0] != storage.length:
+            raise CorruptMember("a storage of two sizes", f"{storage.length} values")
+        size = storage.length * _item_size(storage.kind)
         places[storage.key] = end + 8, size
         end += 8 + size
         if end > file.size:
@@ -203,15 +203,15 @@ def source(
     if dtype is None:
         raise UnsupportedDtype(f"{label} in a {storage.kind}", "float16, bfloat16, float32 or float64")
     span = (n_tokens - 1) * down + (width - 1) * across + 1
-    if offset + span > storage.count:
-        found = f"{label} that reaches to value {offset + span} of {storage.count}"
+    if offset + span > storage.length:
+        found = f"{label} that reaches to value {offset + span} of {storage.length}"
         raise TruncatedTensor(found, "values inside its memory")
     if span > npy.MAX_ELEMENTS:
         raise TooLarge(f"{label} spread over {span} values", f"at most {npy.MAX_ELEMENTS}")
     item = _ITEM_SIZES[dtype]
     opened = file.opened(storage)
-    if opened.size != storage.count * item:
-        raise TruncatedTensor(f"{label} with {opened.size} bytes", f"{storage.count * item} ({storage.count} values)")
+    if opened.size != storage.length * item:
+        raise TruncatedTensor(f"{label} with {opened.size} bytes", f"{storage.length * item} ({storage.length} values)")
     if opened.size > MAX_STORAGE:
         raise TooLarge(f"{label} in a memory of {opened.size} bytes", f"at most {MAX_STORAGE}")
     stored = np.dtype(opened.order + {"bfloat16": "u2"}.get(dtype, f"f{item}"))

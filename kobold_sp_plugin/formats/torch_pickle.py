@@ -42,7 +42,7 @@ class Storage(NamedTuple):
     kind: str
     """torch's class: "FloatStorage"."""
     key: str
-    count: int
+    length: int
     """How many values it has, as the pickle says."""
 
 

@@ -53,11 +53,11 @@ def opened(candidate: Candidate) -> Iterator[Source]:
 def write(softprompt: SoftPrompt, path: str, dtype: str) -> None:
     """Write the JSON. Raises :class:`NotWritable` for any other number of rows than twenty."""
     if softprompt.n_tokens != N_TOKENS:
-        found = f"{softprompt.n_tokens} rows; the server that takes these uploads reads {N_TOKENS}"
-        raise NotWritable(found, f"{N_TOKENS} rows")
+        rows = f"{softprompt.n_tokens} rows; the server that takes these uploads reads {N_TOKENS}"
+        raise NotWritable(rows, f"{N_TOKENS} rows")
     found: Dict[str, Any] = metadata.portable(softprompt)
     supported = softprompt.supported
-    fields = {
+    fields: Dict[str, Any] = {
         "name": found.pop("name", "") or "",
         "description": found.pop("description", "") or "",
         "public": bool(found.pop("public", False)),
