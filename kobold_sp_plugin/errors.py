@@ -36,6 +36,7 @@
     │   ├── NoEmbedding             no input embedding that takes token ids
     │   ├── UnsupportedModel        a kind of model that soft tokens are not made for
     │   └── UnsupportedCall         a way of calling the model that soft tokens cannot follow
+    ├── EditError                   metadata that cannot be changed where they are, or soft prompts that do not combine
     ├── SelectionError              a choice from the menu that cannot be carried out
     │   ├── NoModel                 nothing is loaded that could use a soft prompt
     │   └── UnknownSoftPrompt       no such file in the folder
@@ -197,6 +198,10 @@ class UnsupportedModel(ModelError):
 
 class UnsupportedCall(ModelError):
     """A way of calling the model that soft tokens cannot follow, such as ``inputs_embeds``."""
+
+
+class EditError(SoftPromptError):
+    """Metadata that cannot be changed where they are, or soft prompts that cannot be combined into one."""
 
 
 class SelectionError(SoftPromptError):

@@ -12,6 +12,8 @@ from .. import __version__
 from .catalogue import list_
 from .common import WrongUse, samples_folder
 from .convert import convert
+from .edit import combine, edit
+from .inspect import check, inspect
 from .serve import serve
 
 __all__ = ["WrongUse", "main", "samples_folder"]
@@ -31,5 +33,5 @@ def main() -> None:
         reconfigure(errors="replace")  # a name may hold what the terminal's encoding has not
 
 
-for _command in (serve, list_, convert):
+for _command in (serve, list_, inspect, check, convert, edit, combine):
     main.add_command(_command)

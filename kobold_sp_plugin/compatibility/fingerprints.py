@@ -26,7 +26,7 @@ from ..errors import NoEmbedding
 VERSION = 2
 SAME = 0.998
 """Similarity from which it is the same matrix, in whatever precision of 8 bits or more."""
-RELATED = 0.30
+RELATED = 0.20
 """Similarity from which one was made from the other; that of unrelated matrices is 0, give or take 0.03."""
 CLOSE = 0.90
 """Similarity from which a relative is close: most fine-tunes, and copies in 4 bits."""

@@ -41,7 +41,7 @@ class Evidence(NamedTuple):
     nearness: float
     """Mean over the rows of the cosine with the nearest of 4,096 tokens; what all tokens share is taken away."""
     chance: float
-    """The same for the rows with their columns shuffled: as near as rows come that have nothing to do with it."""
+    """The same for random rows of the same lengths: as near as rows come that have nothing to do with it."""
 
     @property
     def sentence(self) -> str:
@@ -49,7 +49,7 @@ class Evidence(NamedTuple):
         if not 1 / 30 < self.length < 30:
             times = f"{self.length:.0f} times" if self.length > 1 else f"a {1 / self.length:.0f}th"
             return f"a hint against it, no proof: its rows are {times} as long as this model's"
-        if self.nearness > 1.25 * self.chance + 0.02:
+        if self.nearness > 1.2 * self.chance:
             return "a hint for it, no proof: its rows lie nearer to this model's tokens than chance would have them"
         return "no hint: its rows lie no nearer to this model's tokens than chance would have them"
 
@@ -112,9 +112,9 @@ def evidence(softprompt: SoftPrompt, matrix: Matrix) -> Optional[Evidence]:
     length = float(np.median(np.linalg.norm(rows, axis=1))) / (usual or 1.0)
     mean = tokens.mean(axis=0)
     directions = _unit(tokens - mean).T
-    shuffled = np.random.RandomState(0).permutation(matrix.width)
-    centred = _unit(rows - mean)
-    near, chance = ((each @ directions).max(axis=1).mean() for each in (centred, centred[:, shuffled]))
+    noise = np.random.RandomState(0).normal(size=rows.shape).astype(np.float32)
+    noise = _unit(noise) * np.linalg.norm(rows, axis=1, keepdims=True)
+    near, chance = ((_unit(each - mean) @ directions).max(axis=1).mean() for each in (rows, noise))
     return Evidence(length, float(near), float(chance))
 
 

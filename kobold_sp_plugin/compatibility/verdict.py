@@ -69,9 +69,11 @@ def judge(softprompt: Described, facts: Optional[ModelFacts]) -> Judgement:
     if facts.width is None:
         return Judgement(Verdict.UNPROVEN, "this model does not tell its width: try whether it works")
     claimed = claims(softprompt.supported)
-    alike = similarity(own_metadata(softprompt.metadata).get("fingerprint"), facts.fingerprint)
+    mark = own_metadata(softprompt.metadata).get("fingerprint")
+    alike = similarity(mark, facts.fingerprint)
     if alike is None:
-        return Judgement(Verdict.UNPROVEN, f"same width; {_claimed(claimed, facts)}")
+        nothing = "" if facts.fingerprint or not mark else "; it has a fingerprint, but none is known of this model"
+        return Judgement(Verdict.UNPROVEN, f"same width; {_claimed(claimed, facts)}{nothing}")
     if alike >= SAME:
         return Judgement(Verdict.COMPATIBLE, "made for this model: its fingerprint matches")
     percent = f"their embeddings are {alike:.0%} alike" if alike < 0.995 else "their embeddings are nearly the same"
@@ -102,9 +104,9 @@ def _claimed(claimed: List[Claim], facts: ModelFacts) -> str:
     model = written(facts.base, facts.size)
     known = [claim for claim in claimed if claim.base is not None]
     if facts.base is None or not known:
-        return f"{says}, but carries no proof"
+        return f"{says}, which is no proof"
     if any(claim.base == facts.base and same_size(claim.size, facts.size) for claim in known):
-        return f"{says}, which this model ({model}) may be; it carries no proof"
+        return f"{says}, which this model ({model}) may be; that is no proof"
     if _is_fairseq_for_opt(claimed, facts):
         return _FAIRSEQ_FOR_OPT
     return f"{says}, and this model is {model}: expect garbled text"

@@ -144,6 +144,13 @@ class TransformersEngine:
             _distances(without[:, None], without[None]).mean().item(),
         )
 
+    def token_text(self, token_id: int) -> str:
+        """One token as text; by its name in the vocabulary where it is no whole character."""
+        text = self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+        if text and _UNFINISHED not in text:
+            return text
+        return str(self._tokenizer.convert_ids_to_tokens(token_id) or token_id)
+
     def generate(
         self,
         settings: GenerationSettings,
