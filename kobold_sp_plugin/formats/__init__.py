@@ -18,6 +18,7 @@ from . import (
     folder,
     google,
     kobold_zip,
+    metadata,
     mkultra,
     mtjsp,
     novelai,
@@ -30,7 +31,10 @@ from . import (
 )
 from .source import Candidate, Source
 
-__all__ = ["FORMATS", "Format", "Header", "format_named", "format_of", "formats_table", "load", "read_header", "save"]
+__all__ = [
+    "EXTENSIONS", "FORMATS", "Format", "Header", "format_named", "format_of", "formats_table", "load", "parts_of",
+    "read_header", "save",
+]  # fmt: skip
 
 ALL = "everything"
 DTYPES = npy.DTYPES
@@ -178,6 +182,18 @@ def format_of(path: Union[str, Path]) -> Format:
         return _format_of(candidate)
 
 
+def parts_of(folder: str) -> Tuple[str, ...]:
+    """The files in ``folder`` that a soft prompt in it is read from; () where there is none. Opens nothing."""
+    for first, *others in (
+        (peft.CONFIG, peft.WEIGHTS, peft.OLD_WEIGHTS),
+        (exelents.WEIGHTS, exelents.CONFIG),
+    ):
+        if os.path.exists(os.path.join(folder, first)):
+            return (first, *others)
+    tensor = (npy.TENSOR, metadata.LABEL) if os.path.exists(os.path.join(folder, npy.TENSOR)) else ()
+    return google.parts_of(folder) or tensor
+
+
 def formats_table() -> str:
     """The formats as a table in Markdown, for people."""
     lines = ["| `--to` | format | read | written | rows | metadata |", "|---|---|---|---|---|---|"]
@@ -213,8 +229,8 @@ def _format_of(candidate: Candidate) -> Format:
     raise NotASoftPromptFile(found, "a soft prompt in a format that `kobold-sp convert --help` lists")
 
 
-def _declared(metadata: Mapping[str, Any], kind: Format) -> Tuple[Scale, Order]:
+def _declared(meta: Mapping[str, Any], kind: Format) -> Tuple[Scale, Order]:
     """Scale and order: what the file states, else the format's."""
-    own = own_metadata(metadata)
+    own = own_metadata(meta)
     scale = declared_as(Scale, own["scale"]) if kind.declares_scale and "scale" in own else kind.scale
     return scale, declared_as(Order, own.get("order"))

@@ -108,8 +108,9 @@ def _lost(before: SoftPrompt, after: SoftPrompt) -> List[str]:
         kept = after.metadata.get(key)
         if key in _PARTS and isinstance(value, Mapping):
             inside: Any = kept if isinstance(kept, Mapping) else {}
-            parts = (name for name in value if name not in ("scale", "order") and value[name] != inside.get(name))
-            lost.extend(f"{key}.{name}" for name in parts)
+            names = [name for name in value if name not in ("scale", "order")]
+            gone = [name for name in names if value[name] != inside.get(name)]
+            lost.extend([key] if gone and not inside else (f"{key}.{name}" for name in gone))
         elif value not in ("", None, [], {}) and value != kept and [value] != kept:
             lost.append(key)
     return sorted(lost)

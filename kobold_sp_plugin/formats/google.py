@@ -42,6 +42,16 @@ def opened(candidate: Candidate) -> Iterator[Source]:
         yield npy.source(file.read, size, chosen[0][:100], {"parameter": chosen[0], "step": step})
 
 
+def parts_of(folder: str) -> Tuple[str, ...]:
+    """The files of the last checkpoint in ``folder``, relative to it. Raises :class:`OSError`."""
+    found = newest(folder)
+    return (
+        ()
+        if found is None
+        else tuple(os.path.relpath(os.path.join(found[0], name), folder) for name in _listed(found[0]))
+    )
+
+
 def newest(path: str) -> Optional[Tuple[str, int]]:
     """The folder of the last checkpoint in or at ``path``, and its step; None where there is none."""
     name = os.path.basename(os.path.abspath(path))

@@ -20,8 +20,8 @@ class JsonText(NamedTuple):
     """A JSON object, and the text that was too long for it."""
 
     value: Dict[str, Any]
-    key: Optional[str]
-    """Which of its members the text was: "tensor" or "data"; None where there is none."""
+    key: str
+    """Which of its members the text was: "tensor" or "data"."""
     data: bytes
     """The bytes that the text was base64 of."""
 
@@ -31,8 +31,8 @@ def looks_like_object(start: bytes) -> bool:
     return start[3 if start.startswith(b"\xef\xbb\xbf") else 0 :].lstrip(_WHITESPACE).startswith(b"{")
 
 
-def read(path: str, size: int) -> JsonText:
-    """The JSON object in the file at ``path``.
+def read(path: str, size: int) -> Optional[JsonText]:
+    """The JSON object in the file at ``path``; None where no long text is in it.
 
     Raises :class:`TooLarge`, :class:`NotASoftPromptFile`, :class:`MetadataNotJSON` or :class:`CorruptMember`.
     """
@@ -42,10 +42,15 @@ def read(path: str, size: int) -> JsonText:
         raw = file.read(MAX_BYTES)
     found = max(_LONG_TEXT.finditer(raw), key=lambda match: match.end() - match.start(), default=None)
     if found is None:
-        return JsonText(_parse(raw), None, b"")
+        return None
     key, (start, end) = found.group(1).decode(), found.span(2)
     mark = secrets.token_hex(16)
-    value = _parse(raw[:start] + mark.encode() + raw[end:] if len(raw) - end + start <= MAX_REST else raw)
+    rest = raw[:start] + mark.encode() + raw[end:]
+    if len(rest) > MAX_REST:
+        raise TooLarge(f"{len(rest)} bytes of JSON besides its {key}", f"at most {MAX_REST}")
+    value = metadata.parse_json(rest, "the file")
+    if not isinstance(value, dict):
+        raise MetadataNotJSON("JSON that is not an object", "an object")
     if value.get(key) != mark:
         raise NotASoftPromptFile(f"JSON whose {key} is not where a soft prompt has it", "it in the outermost object")
     del value[key]
@@ -69,12 +74,3 @@ def decode_base64(text: memoryview, label: str) -> bytes:
     if len(encoded) % 4 or len(data) != len(encoded) // 4 * 3 - padding:  # it skips what is none of its characters
         raise CorruptMember(f"{label} that is not base64", "base64")
     return data
-
-
-def _parse(raw: bytes) -> Dict[str, Any]:
-    if len(raw) > MAX_REST:
-        raise NotASoftPromptFile(f"{len(raw)} bytes of JSON without a tensor", "a soft prompt")
-    value = metadata.parse_json(raw, "the file")
-    if not isinstance(value, dict):
-        raise MetadataNotJSON("JSON that is not an object", "an object")
-    return value
