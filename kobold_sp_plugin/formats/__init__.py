@@ -64,6 +64,12 @@ class Format(NamedTuple):
     """What it can store rows as."""
     why_not: str = ""
 
+    def writer(self) -> Callable[[SoftPrompt, str, str], None]:
+        """``write``. Raises :class:`NotWritable` where there is none."""
+        if self.write is None:
+            raise NotWritable(f"{self.sentence}: {self.why_not}", "another format")
+        return self.write
+
 
 # The order of detection: of the zips, and of the folders, the one that takes all others comes last.
 FORMATS = (
@@ -161,11 +167,10 @@ def save(softprompt: SoftPrompt, path: Union[str, Path], dtype: str = "float32",
     """
     path, kind = os.fspath(path), format_named(format)
     try:
-        if kind.write is None:
-            raise NotWritable(f"{kind.sentence}: {kind.why_not}", "another format")
+        write = kind.writer()
         if softprompt.scale != kind.scale and not kind.declares_scale:
             raise UnknownScale(f"rows in {softprompt.scale} scale for {kind.sentence}", f"{kind.scale} scale")
-        kind.write(softprompt, path, dtype)
+        write(softprompt, path, dtype)
     except FormatError as error:
         error.path = path
         raise

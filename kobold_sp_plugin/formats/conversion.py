@@ -52,6 +52,7 @@ def convert(
     Raises a :class:`~kobold_sp_plugin.errors.FormatError`, :class:`UnknownScale` among them, or :class:`OSError`.
     """
     kind = format_named(to)
+    kind.writer()
     header = read_header(path, part)
     softprompt = load(path, part)
     notes: List[str] = []

@@ -39,7 +39,7 @@ def read(path: str, size: int) -> Optional[JsonText]:
     if size > MAX_BYTES:
         raise TooLarge(f"a JSON file of {size} bytes", f"at most {MAX_BYTES}")
     with open(path, "rb") as file:
-        raw = file.read(MAX_BYTES)
+        raw = file.read(size)
     found = max(_LONG_TEXT.finditer(raw), key=lambda match: match.end() - match.start(), default=None)
     if found is None:
         return None
