@@ -139,13 +139,17 @@ TUNED = {
 # Candidates: rows -> numbers that would be stored, and how alike two rows of such numbers are
 
 
-def centred(rows, clip=False):
+def centred(rows):
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     unit = unit - unit.mean(0)
-    if clip:
-        deviations = unit.std(0)
-        unit = unit / np.maximum(deviations, np.sqrt(np.mean(deviations**2)))
     return unit / np.linalg.norm(unit, axis=1, keepdims=True)
+
+
+def clipped(rows):
+    centred = rows - rows.mean(0)
+    deviations = centred.std(0)
+    centred = centred / np.maximum(deviations, 2 * np.median(deviations))
+    return centred / np.linalg.norm(centred, axis=1, keepdims=True)
 
 
 @lru_cache(maxsize=5)  # what one width needs
@@ -158,7 +162,7 @@ def projections(rows, n_rows, per_row):
     return np.matmul(rows[:n_rows, None], directions(n_rows, per_row, rows.shape[1]))[:, 0].ravel()
 
 
-def signs_of(n_rows, per_row, clip=False, prepared=centred):
+def signs_of(n_rows, per_row, prepared=centred):
     return lambda rows: np.where(projections(prepared(rows), n_rows, per_row) >= 0, 1, -1).astype(np.float32)
 
 
@@ -169,7 +173,7 @@ def version_2(rows):
 
 def bytes_of(n_rows, per_row):
     """8 bits for each projection, up to 4 standard deviations."""
-    return lambda rows: np.clip(np.floor(projections(centred(rows, True), n_rows, per_row) * 32), -128, 127) + 0.5
+    return lambda rows: np.clip(np.floor(projections(clipped(rows), n_rows, per_row) * 32), -128, 127) + 0.5
 
 
 def whole_rows(count, prepared):

@@ -1,6 +1,7 @@
 """New soft prompts from old ones: other metadata, or several as one."""
 
 import os
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
@@ -50,11 +51,12 @@ def combine(softprompts: Sequence[SoftPrompt], n_tokens: Optional[int] = None, n
         raise EditError("there is nothing to combine")
     first = softprompts[0]
     marks = [own_metadata(each.metadata).get("fingerprint") for each in softprompts]
-    for each, mark in zip(softprompts[1:], marks[1:]):
+    for each in softprompts[1:]:
         _check_alike(first, each)
-        alike = similarity(marks[0], mark)
+    for (one, mark), (other, their_mark) in combinations(zip(softprompts, marks), 2):
+        alike = similarity(mark, their_mark)
         if alike is not None and alike < CLOSE:
-            raise EditError(f"{_called(first)} and {_called(each)} were made for different models")
+            raise EditError(f"{_called(one)} and {_called(other)} were made for different models")
     rows = np.concatenate([each.rows for each in softprompts])
     if n_tokens is not None and not 0 < n_tokens <= len(rows):
         raise EditError(f"{n_tokens} rows of {len(rows)}: at least 1, and not more than there are")

@@ -155,15 +155,14 @@ def draw(inspection: Inspection, path: Union[str, Path]) -> None:
     lengths.barh(range(n_tokens), [row.length for row in inspection.rows], color="#456990", height=0.7)
     if inspection.usual is not None:
         lengths.axvspan(*inspection.usual, color="#f45b69", alpha=0.25, linewidth=0)
-        lengths.set_title("length (shaded: the model's tokens)", fontsize=9)
-    else:
-        lengths.set_title("length", fontsize=9)
+        lengths.set_xlabel("shaded: most tokens")
+    lengths.set_title("lengths, nearest tokens", fontsize=9)
     lengths.set_xlim(left=0)
     lengths.yaxis.tick_right()
     if labelled:
         lengths.set_yticks(range(n_tokens), [_label(number, row) for number, row in enumerate(inspection.rows)])
-        lengths.tick_params(axis="y", labelsize=7)
     values.tick_params(axis="y", left=False, labelleft=False)
+    lengths.tick_params(axis="y", labelsize=7, left=False, labelleft=False, right=labelled, labelright=labelled)
     figure.suptitle("\n".join(_plain(text) for text in _title(inspection)), fontsize=10, parse_math=False)
     for text in lengths.get_yticklabels():
         text.set_parse_math(False)

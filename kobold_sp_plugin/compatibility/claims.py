@@ -45,7 +45,7 @@ class Claim(NamedTuple):
 
 def claims(supported: Sequence[str]) -> List[Claim]:
     """The models that ``supported`` names, of at most 20 entries."""
-    return [_claim(part) for text in supported[:20] for part in text[:1000].split(",") if part.strip()]
+    return [_claim(part) for text in supported[:20] for part in re.split(r",(?![0-9])", text[:1000]) if part.strip()]
 
 
 def base_of(model_type: Any) -> Optional[str]:

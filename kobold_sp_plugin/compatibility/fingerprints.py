@@ -2,9 +2,9 @@
 
 1. Of the token ids below ``min(vocabulary, 4096)``, take the 512 with the smallest
    ``id * 2654435761 mod 2**32``. Tokens that are added at the end change nothing.
-2. Scale each of their rows to length 1 and subtract the mean of them all: what rows share proves nothing.
-   Then divide each column by its standard deviation, if that is above the root mean square of all columns':
-   in some models a few columns outweigh all others, and nothing else would count.
+2. Subtract the mean of their rows: what rows share proves nothing. Then divide each column by its standard
+   deviation, or by twice the median of all columns' if that is more: in some models a few columns outweigh all
+   others, and nothing else would count.
 3. Project each row onto 8 directions of its own, of +1 and -1 as the bits of SHAKE-256 of "row <id>" say, and
    keep the signs: 512 bytes.
 
@@ -110,15 +110,12 @@ def _signs(ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Steps 2 and 3: bool ``[len(ids), 8]`` for ``rows`` ``[len(ids), width]``."""
     if not np.isfinite(rows).all():
         raise NoEmbedding("the embedding holds values that are not finite")
-    rows = rows.astype(np.float32)
-    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    rows = rows / np.where(lengths > 0, lengths, 1)
-    rows -= rows.mean(axis=0)
+    largest = float(np.abs(rows).max())
+    rows = rows - rows.mean(axis=0)
     deviations = rows.std(axis=0)
-    usual = float(np.sqrt(np.mean(deviations**2)))
-    if usual < 1e-6 and len(rows) > 1:
+    if len(rows) > 1 and float(deviations.max()) <= 1e-6 * largest:
         raise NoEmbedding("the rows of the embedding are all alike: nothing was loaded into it")
-    rows /= np.maximum(deviations, max(usual, 1e-30))
+    rows /= np.maximum(deviations, max(2 * float(np.median(deviations)), 1e-30))
     signs = np.empty((len(ids), N_SIGNS), dtype=bool)
     for start in range(0, len(ids), _AT_ONCE):
         part = slice(start, start + _AT_ONCE)

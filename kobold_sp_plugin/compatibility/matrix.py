@@ -46,9 +46,11 @@ class Evidence(NamedTuple):
     @property
     def sentence(self) -> str:
         """For a user."""
+        if self.length == 0:
+            return "a hint against it, no proof: its rows are all zeros"
         if not 1 / 30 < self.length < 30:
-            times = f"{self.length:.0f} times" if self.length > 1 else f"a {1 / self.length:.0f}th"
-            return f"a hint against it, no proof: its rows are {times} as long as this model's"
+            times = f"{self.length:.0f} times longer" if self.length > 1 else f"{1 / self.length:.0f} times shorter"
+            return f"a hint against it, no proof: its rows are {times} than this model's tokens"
         if self.nearness > 1.2 * self.chance:
             return "a hint for it, no proof: its rows lie nearer to this model's tokens than chance would have them"
         return "no hint: its rows lie no nearer to this model's tokens than chance would have them"
