@@ -27,8 +27,8 @@ def opened(candidate: Candidate) -> Iterator[Source]:
     """The prompt of the last checkpoint. Raises a FormatError."""
     found = newest(candidate.path)
     assert found is not None
-    folder, step = found
-    names = _parameters(folder)
+    folder, step = os.path.relpath(found[0], candidate.path), found[1]
+    names = _parameters(candidate.path, folder)
     chosen = [name for name in names if candidate.part in (None, name)]
     if len(chosen) > 1:
         chosen = [name for name in names if "prompt" in name.lower()]
@@ -37,7 +37,7 @@ def opened(candidate: Candidate) -> Iterator[Source]:
     if len(chosen) > 1:
         listed = ", ".join(chosen[:5])[:200]
         raise SeveralSoftPrompts(f"a checkpoint of {len(chosen)} prompts ({listed})", "one, or one named as the part")
-    with open(inside(folder, chosen[0]), "rb") as file:
+    with open(inside(candidate.path, folder, chosen[0]), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         yield npy.source(file.read, size, chosen[0][:100], {"parameter": chosen[0], "step": step})
 
@@ -68,13 +68,12 @@ def newest(path: str) -> Optional[Tuple[str, int]]:
     return (os.path.join(inner, steps[max(steps)]), max(steps)) if steps else None
 
 
-def _parameters(folder: str) -> List[str]:
-    """The names in a checkpoint that begin as an ``.npy`` does."""
+def _parameters(root: str, folder: str) -> List[str]:
+    """The names in a checkpoint, the ``folder`` in ``root``, that begin as an ``.npy`` does."""
     found = []
-    for name in sorted(_listed(folder)):
-        path = inside(folder, name) if os.path.isfile(os.path.join(folder, name)) else None
-        if path is not None:
-            with open(path, "rb") as file:
+    for name in sorted(_listed(os.path.join(root, folder))):
+        if os.path.isfile(os.path.join(root, folder, name)):
+            with open(inside(root, folder, name), "rb") as file:
                 if file.read(len(npy.MAGIC)) == npy.MAGIC:
                     found.append(name)
     return found

@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
 from ..errors import CorruptMember, TooLarge, UnsafePickle
 
-MAX_INSTRUCTIONS = 250_000
+MAX_INSTRUCTIONS = 100_000
 """A checkpoint of a large model needs some ten thousand; each may take some hundred bytes of memory."""
 MAX_TEXT = 2**16
 MAX_INTEGER = 64
