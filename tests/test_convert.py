@@ -102,7 +102,7 @@ def test_a_model_of_another_width(tmp_path, noir):
     tiny_model("gpt2", n_embd=64).config.save_pretrained(tmp_path / "model")
     result = run(noir, tmp_path / "a", "--to", "peft", "--model", tmp_path / "model")
     assert result.exit_code == 1
-    assert "32 columns, this model has 64" in result.stderr
+    assert "32 columns, this model has 64" in result.output
     assert run(noir, tmp_path / "a", "--to", "peft", "--model", tmp_path / "none").exit_code == 2
 
 
@@ -125,7 +125,7 @@ def test_a_failure_leaves_what_was_there(tmp_path):
     (tmp_path / "out.json").write_text("mine")
     result = run(tmp_path / "b.zip", tmp_path / "out.json", "--to", "upload", "--force", "--json")
     assert result.exit_code == 1
-    assert "float16 cannot hold" in json.loads(result.stdout)["error"]
+    assert "float16 cannot hold" in json.loads(result.output)["error"]
     assert (tmp_path / "out.json").read_text() == "mine"
     assert len(list(tmp_path.iterdir())) == 3
 
@@ -152,7 +152,7 @@ def test_wrong_use(tmp_path, noir, arguments, says, monkeypatch):
 def test_formats_that_are_only_read_say_why(tmp_path, noir, out):
     result = run(noir, tmp_path / out)
     assert result.exit_code == 1
-    assert "optimizer's state" in result.stderr or "NovelAI's own models" in result.stderr
+    assert "optimizer's state" in result.output or "NovelAI's own models" in result.output
 
 
 def test_a_part_is_chosen_and_an_unreadable_file_named(tmp_path):
@@ -161,7 +161,7 @@ def test_a_part_is_chosen_and_an_unreadable_file_named(tmp_path):
     torch.save({"a": torch.tensor(ROWS), "b": torch.tensor(ROWS) + 1}, tmp_path / "two.pt")
     result = run(tmp_path / "two.pt", tmp_path / "a.npy")
     assert result.exit_code == 1
-    assert "2 tensors (a, b)" in result.stderr
+    assert "2 tensors (a, b)" in result.output
     assert run(tmp_path / "two.pt", tmp_path / "a.npy", "--part", "b").exit_code == 0
     assert np.array_equal(load(tmp_path / "a.npy").rows, ROWS + 1)
     (tmp_path / "bad.zip").write_bytes(b"hello")

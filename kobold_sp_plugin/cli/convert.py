@@ -76,7 +76,8 @@ def convert(
         reason = line(str(error))
         if as_json:
             click.echo(json.dumps({"in": str(path), "out": None, "error": reason}, indent=2))
-        click.echo(f"Not converted: {reason}", err=True)
+        else:
+            click.echo(f"Not converted: {reason}", err=True)
         sys.exit(1)
     if as_json:
         about = {"in": str(path), "out": str(out), **result._asdict(), "scale": result.scale.value}

@@ -63,6 +63,8 @@ class Format(NamedTuple):
     dtypes: Tuple[str, ...] = DTYPES
     """What it can store rows as."""
     why_not: str = ""
+    reads: bool = True
+    """False for a format that is only told apart."""
 
     def writer(self) -> Callable[[SoftPrompt, str, str], None]:
         """``write``. Raises :class:`NotWritable` where there is none."""
@@ -101,7 +103,7 @@ FORMATS = (
            why_not="its trainer starts from a plain .npy: convert to npy"),
     Format("folder", "KoboldAI's zip, extracted", (), folder.detect, folder.opened, folder.write,
            Scale.MATRIX, ALL, declares_scale=True),
-    Format("novelai", "NovelAI's module", (".module",), novelai.detect, novelai.opened, None, Scale.MODULE, "nothing",
+    Format("novelai", "NovelAI's module", (".module",), novelai.detect, novelai.opened, None, Scale.MATRIX, "unknown", reads=False,
            why_not=novelai.REASON),
 )  # fmt: skip
 
@@ -204,10 +206,11 @@ def formats_table() -> str:
     lines = ["| `--to` | format | read | written | rows | metadata |", "|---|---|---|---|---|---|"]
     for each in sorted(FORMATS, key=lambda each: (each.write is None, each.name != "zip", each.name)):
         written = "yes" if each.write else f"no: {each.why_not}"
-        read = "no" if each.name == "novelai" else "yes"
-        rows = "as the file says" if each.declares_scale else f"{each.scale} scale"
+        read = "yes" if each.reads else "no"
+        rows = f"{each.scale}, or as the file says" if each.declares_scale else str(each.scale)
         if each.dtypes != DTYPES:
             rows += f", {' or '.join(each.dtypes)}"
+        rows = rows if each.reads else "unknown"
         lines.append(f"| {each.name} | {each.sentence} | {read} | {written} | {rows} | {each.holds} |")
     return "\n".join(lines)
 
