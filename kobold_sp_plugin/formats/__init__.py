@@ -103,8 +103,8 @@ FORMATS = (
            why_not="its trainer starts from a plain .npy: convert to npy"),
     Format("folder", "KoboldAI's zip, extracted", (), folder.detect, folder.opened, folder.write,
            Scale.MATRIX, ALL, declares_scale=True),
-    Format("novelai", "NovelAI's module", (".module",), novelai.detect, novelai.opened, None, Scale.MATRIX, "unknown", reads=False,
-           why_not=novelai.REASON),
+    Format("novelai", "NovelAI's module", (".module",), novelai.detect, novelai.opened, None,
+           Scale.MATRIX, "unknown", reads=False, why_not=novelai.REASON),
 )  # fmt: skip
 
 EXTENSIONS = tuple(sorted({extension for each in FORMATS for extension in each.extensions}))

@@ -48,7 +48,9 @@ class BoundedFile(io.FileIO):
         return os.fstat(self.fileno()).st_size
 
     def read(self, size: Optional[int] = -1) -> bytes:
-        return super().read(_bounded(size)) or b""
+        if size is None or size > MAX_READ:
+            size = _bounded(size)
+        return super().read(size) or b""
 
 
 class BoundedBytes(io.BytesIO):
@@ -60,7 +62,9 @@ class BoundedBytes(io.BytesIO):
         return self.getbuffer().nbytes
 
     def read(self, size: Optional[int] = -1) -> bytes:
-        return super().read(_bounded(size))
+        if size is None or size > MAX_READ:
+            size = _bounded(size)
+        return super().read(size)
 
 
 Bounded = Union[BoundedFile, BoundedBytes]

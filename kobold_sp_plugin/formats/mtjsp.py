@@ -26,8 +26,9 @@ _SCALARS: Dict[str, "np.dtype[Any]"] = {
 
 def detect_npz(candidate: Candidate) -> bool:
     """Whether it is a zip with the arrays ``tensor``, ``opt_state`` and ``step``."""
-    names = (npy.TENSOR, "opt_state.npy", "step.npy")
-    return candidate.is_zip and all(name in candidate.members for name in names)
+    if not candidate.is_zip or "opt_state.npy" not in candidate.members:
+        return False
+    return npy.TENSOR in candidate.members and "step.npy" in candidate.members
 
 
 @contextmanager

@@ -40,17 +40,18 @@ class Candidate:
 
     def __init__(self, path: str, part: Optional[str] = None):
         self.path, self.part = path, part
-        self.is_folder = os.path.isdir(path)
+        found = os.stat(path)
+        self.is_folder = stat.S_ISDIR(found.st_mode)
         self.read: Dict[str, Any] = {}
         """What a format has read of it, for the next one to use."""
         self._file: Optional[archive.BoundedFile] = None
         if self.is_folder:
             self.start, self.size = b"", 0
         else:
-            check_regular(path)
+            if not stat.S_ISREG(found.st_mode):
+                raise _no_file(path)
             self._file = archive.BoundedFile(path)
-            self.start = self._file.read(64)
-            self.size = os.fstat(self._file.fileno()).st_size
+            self.start, self.size = self._file.read(64), self._file.size
 
     def __enter__(self) -> "Candidate":
         return self
@@ -105,7 +106,7 @@ def check_regular(path: str) -> os.stat_result:
     """The stat of the file at ``path``; a pipe or a device is refused: opening one may wait for ever."""
     result = os.stat(path)
     if not stat.S_ISREG(result.st_mode):
-        raise NotASoftPromptFile(f"{os.path.basename(path)} is no ordinary file", "an ordinary file")
+        raise _no_file(path)
     return result
 
 
@@ -126,6 +127,10 @@ def inside(folder: str, *names: str) -> str:
         raise NoTensor(f"a folder without {names[-1]}", f"{names[-1]} in it")
     check_regular(path)
     return path
+
+
+def _no_file(path: str) -> NotASoftPromptFile:
+    return NotASoftPromptFile(f"{os.path.basename(path)} is no ordinary file", "an ordinary file")
 
 
 def read_part(path: str, limit: int) -> bytes:

@@ -67,6 +67,8 @@ def read(file: Bounded) -> TorchFile:
 
 def is_zip(members: Any) -> bool:
     """Whether a zip of these members is one that torch writes."""
+    if npy.TENSOR in members:
+        return False
     return any(name.endswith("/data.pkl") and name.count("/") == 1 for name in members)
 
 
