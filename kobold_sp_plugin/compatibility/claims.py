@@ -5,6 +5,7 @@ proves nothing.
 """
 
 import re
+from functools import lru_cache
 from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 _BASES: Tuple[Tuple[str, Tuple[str, ...], str], ...] = (
@@ -81,6 +82,7 @@ def same_size(first: Optional[float], second: Optional[float]) -> bool:
     return first is None or second is None or max(first, second) <= 1.13 * min(first, second)
 
 
+@lru_cache(maxsize=256)  # the files of a folder mostly name the same few
 def _claim(text: str) -> Claim:
     text = " ".join(text.split())
     if _GENERIC.match(text):

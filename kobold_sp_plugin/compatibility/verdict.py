@@ -68,12 +68,11 @@ def judge(softprompt: Described, facts: Optional[ModelFacts]) -> Judgement:
         return Judgement(Verdict.INCOMPATIBLE, reason)
     if facts.width is None:
         return Judgement(Verdict.UNPROVEN, "this model does not tell its width: try whether it works")
-    claimed = claims(softprompt.supported)
     mark = own_metadata(softprompt.metadata).get("fingerprint")
     alike = similarity(mark, facts.fingerprint)
     if alike is None:
         nothing = "" if facts.fingerprint or not mark else "; it has a fingerprint, but none is known of this model"
-        return Judgement(Verdict.UNPROVEN, f"same width; {_claimed(claimed, facts)}{nothing}")
+        return Judgement(Verdict.UNPROVEN, f"same width; {_claimed(claims(softprompt.supported), facts)}{nothing}")
     if alike >= SAME:
         return Judgement(Verdict.COMPATIBLE, "made for this model: its fingerprint matches")
     percent = f"their embeddings are {alike:.0%} alike" if alike < 0.995 else "their embeddings are nearly the same"
@@ -84,7 +83,7 @@ def judge(softprompt: Described, facts: Optional[ModelFacts]) -> Judgement:
         relative = f"made for a distant relative of this model ({percent})"
         return Judgement(Verdict.COMPATIBLE, f"{relative}: it may have lost its effect; compare with and without it")
     reason = "same width, but its fingerprint says that it was made for another model: expect garbled text"
-    if _is_fairseq_for_opt(claimed, facts):
+    if _is_fairseq_for_opt(claims(softprompt.supported), facts):
         reason = f"same width, but its fingerprint says that it was made for another model; {_FAIRSEQ_FOR_OPT}"
     return Judgement(Verdict.DIFFERENT, reason)
 
