@@ -234,7 +234,7 @@ class Session:
             "selection": [each.filename for each in state.selected],
             "n_tokens": sum(softprompt.n_tokens for softprompt in state.softprompts),
             "effect": state.effect,
-            "notice": state.notice,
+            "notice": state.notice or getattr(state.effect, "remark", ""),
             "entries": [dict(entry) for entry in self._listed(state.entries)],
         }
 

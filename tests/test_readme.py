@@ -33,3 +33,10 @@ def test_the_table_of_events_is_the_one_in_the_code():
 def test_every_verdict_is_explained():
     for verdict in Verdict:
         assert f"| {verdict} | " in README
+
+
+@pytest.mark.skipif("<!-- formats -->" not in README, reason="the table of formats is not in the README yet")
+def test_the_table_of_formats_is_the_one_in_the_code():
+    from kobold_sp_plugin.formats import formats_table
+
+    assert between("formats") == formats_table().strip()

@@ -20,7 +20,7 @@ from ..compatibility import ModelFacts, context_of, facts
 from ..errors import ContextExceeded, ModelError, NoModel
 from ..soft_tokens import SoftTokens, attach
 from ..softprompt import SoftPrompt
-from . import GenerationSettings
+from . import Effect, GenerationSettings
 
 GREEDY_BELOW = 1e-4
 """A temperature or ``top_p`` below this means the likeliest token; samplers overflow there, or keep none."""
@@ -42,6 +42,9 @@ _RANDOM = threading.Lock()
 
 _Piece = Union[str, BaseException, None]
 """Text; None at the end; or the error that ended it."""
+
+_MOST_LOGITS = 2**25
+"""Of a batch of probes: 128 MB in float32."""
 
 _TAIL = 6
 """Tokens of the prompt that new ones are decoded after: a tokenizer may write a word's space only in context."""
@@ -171,27 +174,52 @@ class TransformersEngine:
         """Have what a host generates in this thread, inside the ``with`` block, read these and not the selection."""
         return attach(self._existing()).override(softprompts)
 
-    def effect(self, softprompts: Sequence[SoftPrompt]) -> float:
+    def effect(self, softprompts: Sequence[SoftPrompt]) -> Effect:
         """Mean total-variation distance of the next-token distribution with and without, over ``PROBES``: 0 to 1.
 
         Runs the model for one forward pass at a time, in between generations: none waits for more than that.
         """
-        distances = []
-        for probe in PROBES:
-            without = self._next_token(probe, ())
-            having = self._next_token(probe, softprompts)
-            distances.append((having - without).abs().sum().item() / 2)
-        return min(1.0, sum(distances) / len(distances))
+        without, having = self._next_tokens(()), self._next_tokens(softprompts)
+        return Effect(
+            min(1.0, _distances(having, without).mean().item()),
+            _entropies(having).mean().item(),
+            _entropies(without).mean().item(),
+            _distances(having[:, None], having[None]).mean().item(),
+            _distances(without[:, None], without[None]).mean().item(),
+        )
 
-    def _next_token(self, text: str, softprompts: Sequence[SoftPrompt]) -> torch.Tensor:
-        """``[vocabulary]``: the distribution of the token after ``text``, with these soft prompts."""
-        with self.lock.in_between(), torch.no_grad():
-            model = self._existing()  # not before: who waits for the lock must not keep a model alive
-            handle = attach(model)
-            with handle.override(softprompts):
-                ids = torch.tensor([self._ids(text)], device=_device_of(model))
-                logits = model(**handle.prepend(ids)).logits[0, -1]
-            return torch.softmax(logits.float(), dim=-1)
+    def _next_tokens(self, softprompts: Sequence[SoftPrompt]) -> torch.Tensor:
+        """``[len(PROBES), vocabulary]``: the distribution of the token after each probe, with these soft prompts.
+
+        As many probes at a time as keep the logits below 128 MB; padding stands on the right, where a causal model
+        does not see it.
+        """
+        probes = [self._ids(probe) for probe in PROBES]
+        length = max(map(len, probes))
+        n_tokens = sum(softprompt.n_tokens for softprompt in softprompts)
+        found: List[torch.Tensor] = []
+        while len(found) < len(probes):
+            with self.lock.in_between(), torch.no_grad():
+                model = self._existing()  # not before: who waits for the lock must not keep a model alive
+                handle = attach(model)
+                vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None) or 2**18
+                at_once = max(1, _MOST_LOGITS // (vocabulary * (n_tokens + length)))
+                part = probes[len(found) : len(found) + at_once]
+                padded = [text + [self._pad_id()] * (length - len(text)) for text in part]
+                ids = torch.tensor(padded, device=_device_of(model))
+                mask = torch.tensor([[1] * len(text) + [0] * (length - len(text)) for text in part], device=ids.device)
+                with handle.override(softprompts):
+                    logits = model(**handle.prepend(ids, mask)).logits
+                for row, text in zip(logits, part):
+                    found.append(torch.softmax(row[len(text) - 1 - length].float(), dim=-1))
+        return torch.stack(found)
+
+    def token_text(self, token_id: int) -> str:
+        """One token as text; by its name in the vocabulary where it is no whole character."""
+        text = self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+        if text and _UNFINISHED not in text:
+            return text
+        return str(self._tokenizer.convert_ids_to_tokens(token_id) or token_id)
 
     def generate(
         self,
@@ -359,6 +387,16 @@ def _device_of(model: Any) -> torch.device:
     hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
     device = getattr(hook, "execution_device", None)
     return model.device if device is None else torch.device(device)
+
+
+def _distances(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Total variation between distributions in the last dimension."""
+    return (first - second).abs().sum(-1) / 2
+
+
+def _entropies(distributions: torch.Tensor) -> torch.Tensor:
+    """In nats, over the last dimension."""
+    return torch.special.entr(distributions).sum(-1)
 
 
 class _Watcher(StoppingCriteria):
