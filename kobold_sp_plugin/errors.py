@@ -45,7 +45,7 @@
         ├── NoEnvironment           a host whose Python environment cannot be found, told apart or used
         ├── ForeignPackage          an environment with another release of ours, which somebody else put there
         ├── FileInTheWay            a file that is not ours, or no longer, where one of ours has to go
-        ├── NotWritable             a folder that an install cannot write to
+        ├── ReadOnlyInstall         a folder that an install cannot write to
         └── BadRecord               a record of an install that cannot be read
 """
 
@@ -242,7 +242,7 @@ class FileInTheWay(HostError):
     """A file that is not ours, or was changed after it was installed, where one of ours has to go."""
 
 
-class NotWritable(HostError):
+class ReadOnlyInstall(HostError):
     """A folder that an install cannot write to, or could not finish writing to; what was written is gone again."""
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 from .. import __version__
-from ..errors import BadRecord, FileInTheWay, ForeignPackage, HostError, NotWritable
+from ..errors import BadRecord, FileInTheWay, ForeignPackage, HostError, ReadOnlyInstall
 from . import payload
 from .environments import Environment, Host, find_environment, host_version, probe, recognise
 
@@ -231,14 +231,14 @@ def plan(folder: Path, python: Optional[Path] = None) -> Plan:
 def install(folder: Path, python: Optional[Path] = None) -> Plan:
     """Install into the host in ``folder``, or upgrade what is there; returns what was done.
 
-    Raises what :func:`plan` does, and :class:`FileInTheWay` before anything is changed; :class:`NotWritable` if the
+    Raises what :func:`plan` does, and :class:`FileInTheWay` before anything is changed; :class:`ReadOnlyInstall` if the
     system does not let us write, and then nothing of ours is left there.
     """
     todo = plan(folder, python)
     places = (todo.folder, todo.environment.site_packages)
     for place in places:
         if not os.access(place, os.W_OK):
-            raise NotWritable(f"Nothing was changed: {place} cannot be written to. {_advice(todo.host)}")
+            raise ReadOnlyInstall(f"Nothing was changed: {place} cannot be written to. {_advice(todo.host)}")
     if todo.before is not None and todo.before.site_packages != todo.environment.site_packages:
         uninstall(folder)  # the host runs in another environment now
         todo = plan(folder, todo.environment.python)
@@ -256,7 +256,7 @@ def install(folder: Path, python: Optional[Path] = None) -> Plan:
         _take_back(record)
         where = error.filename or todo.folder
         said = error.strerror or error
-        raise NotWritable(f"Nothing is installed: {where}: {said}. {_advice(todo.host)}") from error
+        raise ReadOnlyInstall(f"Nothing is installed: {where}: {said}. {_advice(todo.host)}") from error
     return todo
 
 

@@ -24,7 +24,7 @@ from kobold_sp_plugin.errors import (
     ForeignPackage,
     HostError,
     NoEnvironment,
-    NotWritable,
+    ReadOnlyInstall,
     UnknownHost,
 )
 from kobold_sp_plugin.hosts import environments, install, payload
@@ -566,7 +566,7 @@ def test_a_disk_that_is_full_leaves_nothing(host, monkeypatch, allowed):
         own(path, content, **options)
 
     monkeypatch.setattr(install, "_write", write)
-    with pytest.raises(NotWritable, match=r"Nothing is installed: .*No space left on device"):
+    with pytest.raises(ReadOnlyInstall, match=r"Nothing is installed: .*No space left on device"):
         install.install(host)
     assert tree(host) == before
 
@@ -574,12 +574,12 @@ def test_a_disk_that_is_full_leaves_nothing(host, monkeypatch, allowed):
 READ_ONLY = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from kobold_sp_plugin.errors import NotWritable
+from kobold_sp_plugin.errors import ReadOnlyInstall
 from kobold_sp_plugin.hosts import install
 from pathlib import Path
 try:
     install.install(Path(sys.argv[2]))
-except NotWritable as error:
+except ReadOnlyInstall as error:
     print(error)
 """
 
