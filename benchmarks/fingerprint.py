@@ -1,6 +1,6 @@
 """The experiment behind the fingerprint: which short description of an embedding matrix tells models apart?
 
-    python benchmarks/fingerprint.py [--plot tests/fingerprint.png]
+    python benchmarks/fingerprint.py [--plot benchmarks/fingerprint.png]
 
 Simulated matrices of several widths, all of one imaginary tokenizer (frequencies, clusters and meanings of the
 tokens are shared, as in models trained on the same text; only directions differ), with columns that outweigh the

@@ -17,8 +17,6 @@ from .engines import Engine
 from .errors import NoEmbedding
 from .softprompt import OWN_KEY, SoftPrompt, own_metadata
 
-_SAMPLED = 4096
-"""Tokens whose lengths are looked at; those with the lowest ids are the commonest."""
 _MOST_LABELLED = 64
 """Rows that a picture has room to write the nearest token of."""
 
@@ -101,8 +99,8 @@ def inspect(
     usual = None
     if rows is not None and matrix is not None:
         found = [tuple((text_of(i), cosine) for i, cosine in each) for each in nearest(rows, matrix, count)]
-        tokens = np.linalg.norm(matrix.rows(np.arange(min(matrix.vocabulary, _SAMPLED))), axis=1)
-        usual = (float(np.quantile(tokens, 0.05)), float(np.quantile(tokens, 0.95)))
+        low, high = np.quantile(matrix.lengths(), (0.05, 0.95))
+        usual = (float(low), float(high))
     return Inspection(
         filename=os.path.basename(os.path.normpath(path)),
         header=header,

@@ -12,8 +12,8 @@ from .fingerprints import sampled_ids
 
 _CHUNK_VALUES = 2**22
 """Values of the matrix that are looked at at a time: 16 MB."""
-_EVIDENCE_IDS = 4096
-"""Tokens that evidence is taken from; those with the lowest ids are the commonest."""
+_COMMON = 4096
+"""Tokens that are looked at where not all need to be; those with the lowest ids are the commonest."""
 
 
 class Matrix(NamedTuple):
@@ -26,11 +26,16 @@ class Matrix(NamedTuple):
     scale: Optional[float] = 1.0
     """What the module multiplies its rows by; None where that is not known."""
 
-    def chunks(self) -> Iterator[Tuple[int, np.ndarray]]:
-        """The whole matrix in pieces of at most 16 MB, each with the id of its first row."""
+    def chunks(self, most: Optional[int] = None) -> Iterator[Tuple[int, np.ndarray]]:
+        """The matrix, or its first ``most`` rows, in pieces of at most 16 MB, each with the id of its first row."""
+        end = min(self.vocabulary, most or self.vocabulary)
         step = max(1, _CHUNK_VALUES // self.width)
-        for start in range(0, self.vocabulary, step):
-            yield start, self.rows(np.arange(start, min(start + step, self.vocabulary)))
+        for start in range(0, end, step):
+            yield start, self.rows(np.arange(start, min(start + step, end)))
+
+    def lengths(self) -> np.ndarray:
+        """Euclidean lengths of the commonest tokens' rows, those of the 4,096 lowest ids."""
+        return np.concatenate([np.linalg.norm(part, axis=1) for _, part in self.chunks(_COMMON)])
 
 
 class Evidence(NamedTuple):
@@ -109,14 +114,16 @@ def evidence(softprompt: SoftPrompt, matrix: Matrix) -> Optional[Evidence]:
     rows = rows_as_in_matrix(softprompt, matrix)
     if rows is None:
         return None
-    tokens = matrix.rows(np.arange(min(matrix.vocabulary, _EVIDENCE_IDS)))
-    usual = float(np.median(np.linalg.norm(tokens, axis=1)))
+    usual = float(np.median(matrix.lengths()))
     length = float(np.median(np.linalg.norm(rows, axis=1))) / (usual or 1.0)
-    mean = tokens.mean(axis=0)
-    directions = _unit(tokens - mean).T
+    mean = matrix.rows(sampled_ids(matrix.vocabulary)).mean(axis=0)
     noise = np.random.RandomState(0).normal(size=rows.shape).astype(np.float32)
     noise = _unit(noise) * np.linalg.norm(rows, axis=1, keepdims=True)
-    near, chance = ((_unit(each - mean) @ directions).max(axis=1).mean() for each in (rows, noise))
+    both = _unit(np.concatenate([rows, noise]) - mean)
+    best = np.full(len(both), -1.0)
+    for _, part in matrix.chunks(_COMMON):
+        best = np.maximum(best, (both @ _unit(part - mean).T).max(axis=1))
+    near, chance = best[: len(rows)].mean(), best[len(rows) :].mean()
     return Evidence(length, float(near), float(chance))
 
 

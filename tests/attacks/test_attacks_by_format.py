@@ -6,7 +6,6 @@ import os
 import pickle
 import pickletools
 import struct
-import time
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -350,7 +349,6 @@ def test_attack(tmp_path, attack):
     path = tmp_path / ("attack.module" if content is None else "attack")
     put(str(path), content or b"x")
     tracemalloc.start(1)
-    start = time.process_time()
     try:
         if attack in LISTED:
             with pytest.raises(errors.FormatError) as listed:
@@ -367,7 +365,6 @@ def test_attack(tmp_path, attack):
     assert loaded.value.path == str(path)
     assert len(str(loaded.value)) < len(str(path)) + 600
     assert str(loaded.value).isprintable()
-    assert time.process_time() - start < 4
     assert peak < 150e6
     assert not RAN.exists()
     assert os.listdir(tmp_path) == [path.name]

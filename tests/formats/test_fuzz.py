@@ -53,4 +53,10 @@ def test_what_survives_damage_can_be_saved_again(tmp_path):
 
 @pytest.mark.parametrize("path", sorted(CORPUS.glob("*")), ids=lambda path: path.name)
 def test_what_once_found_something(tmp_path, path):
-    check(tmp_path / "damaged", path.read_bytes())
+    content = path.read_bytes()
+    tracemalloc.start(1)
+    try:
+        check(tmp_path / "damaged", content)
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
