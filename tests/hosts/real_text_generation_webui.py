@@ -212,7 +212,7 @@ class Host:
         self.stop()
 
     def start(self):
-        """Start the process; ``seconds`` is how long it takes until API and page answer (4 s more for the page).
+        """Start the process; ``seconds`` is how long it takes until API and page answer (8 s more for the page).
 
         On a busy machine the host may fail by itself: Gradio asks for its own page and waits three seconds.
         """
@@ -280,7 +280,7 @@ class Host:
         if not self.announced:
             return False
         self._opened = self._opened or time.monotonic()
-        return time.monotonic() - self._opened > 4  # by then Gradio has had its answer, or has ended
+        return time.monotonic() - self._opened > 8  # by then Gradio has had its answer, or has ended
 
     def tail(self):
         return self.log.read_text(errors="replace")[-6000:]

@@ -37,12 +37,13 @@ def softprompt(seed, n_tokens=5, width=32, **metadata):
 
 
 RAIN, NOIR = softprompt(1), softprompt(2, n_tokens=3)
-FILES = {"rain.zip": RAIN, "noir.zip": NOIR, "wide.zip": softprompt(3, width=64)}
+STORM = SoftPrompt(rows=2 * softprompt(6, n_tokens=60).rows, metadata={"name": "Storm"})  # moves a long prompt too
+FILES = {"storm.zip": STORM, "rain.zip": RAIN, "noir.zip": NOIR, "wide.zip": softprompt(3, width=64)}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A ``user_data`` with checkpoints, a LoRA, the extension and four files of soft prompts."""
+    """A ``user_data`` with checkpoints, a LoRA, the extension and files of soft prompts."""
     folder = user_data(tmp_path_factory.mktemp("textgen") / "user_data")
     make_checkpoints(folder / "models")
     make_lora(folder / "loras" / "lora", folder / "models" / "llama")
@@ -369,9 +370,11 @@ def test_with_nothing_selected_the_host_writes_what_it_writes_without_the_extens
 
 @STREAMED
 @pytest.mark.parametrize("mode", ["instruct", "chat", "chat-instruct"])
-def test_a_chat_is_what_rows_in_the_matrix_give(llama, rain, bare, mode, stream):
+def test_a_chat_is_what_rows_in_the_matrix_give(llama, data, bare, mode, stream):
     prompt = llama.post("/v1/internal/chat-prompt", {"messages": MESSAGES, "mode": mode})["prompt"]
-    for truth, options in ((rain, {"soft_prompt": "rain.zip"}), (bare, {})):
+    storm = Truth(data / "models" / "llama", STORM)
+    assert storm.text(prompt, 16) != bare.text(prompt, 16)
+    for truth, options in ((storm, {"soft_prompt": "storm.zip"}), (bare, {})):
         expected = truth.text(prompt, 16)
         assert llama.chat(MESSAGES, 16, stream, mode=mode, **options).strip() == expected.strip()
 
@@ -398,10 +401,17 @@ def test_a_prompt_that_just_fits_is_whole(llama, rain):
 
 
 def test_new_tokens_fill_the_context_to_the_last(llama, rain):
-    length = len(rain.encode(PROMPT))
-    options = {"truncation_length": length + RAIN.n_tokens + 13, "soft_prompt": "rain.zip"}
-    text = llama.complete(PROMPT, None, **options)
-    assert text == rain.text(PROMPT, 13)
+    """Without max_tokens the host reserves 512 for the answer, and then lets it fill what the prompt leaves."""
+
+    def no_end(ids, scores):
+        scores = scores.clone()
+        scores[rain.tokenizer.eos_token_id] = -math.inf
+        return scores
+
+    room = 512 + 10
+    length = len(rain.encode(PROMPT)) + RAIN.n_tokens + room
+    text = llama.complete(PROMPT, None, truncation_length=length, ban_eos_token=True, soft_prompt="rain.zip")
+    assert text == rain.text(PROMPT, room, no_end)
 
 
 def test_the_models_own_context_is_kept(host, data):

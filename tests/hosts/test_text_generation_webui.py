@@ -203,6 +203,13 @@ def test_chat_reads_it_and_stays_within_the_budget(host, path):
     assert text == reference(host, [SPACE], prompt, room=82)
 
 
+def test_a_chats_budget_is_reserved_once(started):
+    started.attached.select(["space.zip"])
+    list(started.chat.chatbot_wrapper("a", started.state(history={"internal": [["a", "b"]] * 60})))
+    (context,) = started.shared.contexts
+    assert 100 - 12 - 6 - 4 < context <= 100 - 12 - 6
+
+
 def test_a_long_prompt_is_cut_to_the_token_and_soft_tokens_are_never_cut(host):
     long = " ".join([PROMPT] * 20)
     expected = reference(host, [SPACE], long, room=100 - 12 - 6)
