@@ -136,7 +136,7 @@ BACKEND: Tuple[Seam, ...] = (
         "_patch_embedding",
     ),
 )
-"""Methods of every backend, by their bare names."""
+"""Methods of every backend, by their bare names; hooked on the instances, of which the host has one each."""
 
 REFUSALS = {
     "Read Only": "no model is loaded",
@@ -207,7 +207,7 @@ class United(Attachment):
             events["disconnect"] = lambda *_: None
             self._undo.callback(events.pop, "disconnect", None)
         self._undo.callback(patch(events, "disconnect", self._disconnect).undo)
-        for backend in {type(each) for each in self._host["model_backends"].values()}:
+        for backend in self._host["model_backends"].values():
             for seam in BACKEND:
                 if hasattr(backend, seam.name):
                     self._undo.callback(patch(backend, seam.name, self._guarded(seam)).undo)
@@ -269,7 +269,7 @@ class United(Attachment):
                 log.warning("This model gets no soft prompts: %s", error)
         return Elsewhere(name, refusal or REFUSALS.get(backend_name, f"the backend {backend_name} takes text only"))
 
-    def _patch_embedding(self, original: Callable[..., Any], backend: Any) -> None:
+    def _patch_embedding(self, original: Callable[..., Any]) -> None:
         """Nothing: soft tokens are attached when the model is loaded."""
 
     def _load_story(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
