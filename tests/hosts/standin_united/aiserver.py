@@ -31,6 +31,9 @@ socketio = SocketIO(app, async_mode="eventlet" if __name__ == "__main__" else "t
 queue = SimpleQueue()
 """What is to be sent and was not said by a request; the relay sends it."""
 
+# Run inside a test's process, the host would empty the tensors of all other tests as well.
+NOT_THE_HOSTS = {id(each): each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)}
+
 
 class ValidationError(ValueError):
     """As marshmallow's."""
@@ -177,7 +180,8 @@ class Transformers(InferenceModel):
         self.model = self.tokenizer = None
         with torch.no_grad():
             for each in gc.get_objects():
-                if issubclass(type(each), torch.Tensor):  # some of torch's objects warn when they are looked at
+                # By type: some of torch's objects warn when they are looked at.
+                if issubclass(type(each), torch.Tensor) and id(each) not in NOT_THE_HOSTS:
                     each.set_()
         gc.collect()
 
