@@ -13,6 +13,7 @@ from ..errors import ContextExceeded, UnsupportedCall
 from ..patching import patch
 from .columns import grow_mask, insert_columns, start_of_text
 from .embedding import has_encoder
+from .prefix import Prefixes
 from .rows import Rows
 
 CACHES = ("past_key_values", "past", "cache_params", "state", "mems", "past_buckets_states")
@@ -82,6 +83,7 @@ class GenerationAdapter:
         self._ended = ended
         self._thread = threading.local()
         self._lock = threading.Lock()
+        self._prefixes = Prefixes()
         self.running = 0
         """Calls of ``generate`` with soft prompts that have not ended."""
         self.patches = [
@@ -264,7 +266,12 @@ class GenerationAdapter:
             if positions is not None:  # 4.44 to 4.57 would take the ids at these positions, past the text's end
                 input_ids = input_ids[:, -positions.shape[0] :]
         else:
-            input_ids = self.insert(generation.rows, input_ids, kwargs.get("attention_mask"))
+            mask = kwargs.get("attention_mask")
+            inputs = original(self.insert(generation.rows, input_ids, mask), *args, **kwargs)
+            if not generation.has_read_prompt:
+                generation.decoding = self._prefixes.shorten(self._model(), generation.rows, inputs, mask)
+            generation.has_read_prompt = True
+            return inputs
         generation.has_read_prompt = True
         return original(input_ids, *args, **kwargs)
 
