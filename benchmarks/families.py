@@ -85,7 +85,6 @@ ENDINGS = {
     "patch_size": 4,
 }
 # Families whose sizes depend on one another, or that are no decoder unless told.
-DECODER = {"is_decoder": True, "add_cross_attention": False}
 SPECIAL = {
     "bamba": {"attn_layer_indices": [1]},
     "blt": {"num_hidden_layers": LAYERS},
@@ -114,6 +113,8 @@ def shrunk(config_class, special):
         size = SIZES.get(name, ending)
         if size is not None and (isinstance(value, int) or (value is None and name.endswith("token_id"))):
             given[name] = min(size, value) if isinstance(value, int) and value > 0 and not name.endswith("id") else size
+    if "is_decoder" in known:
+        given["is_decoder"] = True
     if "kv_lora_rank" in known:
         given["num_key_value_heads"] = HEADS  # latent attention has keys and values for every head
     given.update(one_layer_of_each_kind(default, known, given))
@@ -165,7 +166,7 @@ def tiny_model(family):
     for factor in (6, 3, 1.5, 1):
         model.load_state_dict(first)
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
+            for parameter in model.parameters():
                 if parameter.dim() > 1 and parameter.is_floating_point():
                     parameter.mul_(factor)
             out = generate(model, text_of(7))
@@ -200,10 +201,14 @@ def with_rows_in_place(model, rows):
     embedding = reader.get_input_embeddings()
     vocabulary = embedding.weight.shape[0]
     grow(embedding, torch.tensor(rows))
+    # Entries per id that no soft prompt has: those of the padding token, as llama.cpp has it.
     for name, module in larger.named_modules():
-        if module is not embedding and "per_layer" in name and hasattr(module, "num_embeddings"):
-            # Entries per id that no soft prompt has: those of the padding token, as llama.cpp has it.
+        if name.endswith("embed_tokens_per_layer"):
             grow(module, module.weight.detach()[:1].expand(vocabulary + len(rows) - module.num_embeddings, -1))
+        if hasattr(module, "tid2eid"):
+            module.tid2eid = torch.cat([module.tid2eid, module.tid2eid[:1].expand(len(rows), -1)])
+        if hasattr(module, "vocab_offset"):
+            module.vocab_offset = 10**6  # else the new ids would be sounds
     return larger
 
 

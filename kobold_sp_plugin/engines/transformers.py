@@ -92,7 +92,7 @@ class TransformersEngine:
 
     def __init__(self, model: Any, tokenizer: Any, name: str):
         if getattr(model.config, "is_encoder_decoder", False):
-            raise UnsupportedModel(f"{type(model).__name__} has an encoder; it does not continue a text, but answers it")
+            raise UnsupportedModel(f"{type(model).__name__} has an encoder; it answers a text, but continues none")
         self.name = name
         self.lock = threading.Lock()
         self._model = weakref.ref(model)

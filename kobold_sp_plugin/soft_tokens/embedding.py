@@ -1,13 +1,33 @@
 """The hook on a model's input embedding, which gives soft tokens their rows."""
 
+import threading
 import weakref
-from typing import Any, Callable, Optional, Tuple
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 
 from ..errors import NoEmbedding, UnsupportedCall
-from ..patching import patch
+from ..patching import Patch, patch
 from .rows import Rows
+
+
+class Reader(NamedTuple):
+    """A module beside the input embedding that is given the ids of the text too, and what stands in for a soft one."""
+
+    mark: str
+    """The module has an attribute of this name, or is one of this name."""
+    stands_in: str
+
+
+# What else reads ids, in the models that have it. Past the end of its table an id would be an error, or, worse,
+# mean something else.
+READERS = (
+    # Gemma 3n and 4 have a row per layer for each id. A soft prompt has none: it gets those of the padding token,
+    # as images do there, and soft prompts in llama.cpp.
+    Reader("embed_tokens_per_layer", "_pad"),
+    Reader("tid2eid", "_pad"),  # DeepSeek V4: the experts of each id
+    Reader("vocab_offset", "_rows"),  # Gemma 3n: ids past the text's are sounds
+)
 
 
 class EmbeddingHook:
@@ -22,11 +42,16 @@ class EmbeddingHook:
         self._embedding = weakref.ref(embedding)
         self.vocabulary, self.width = self._size = _size_of(embedding)
         self._rows_now = rows_now
-        self.patches = [patch(embedding, "forward", self._embed)]
+        self._thread = threading.local()
+        self._padding = _padding_of(model)
+        self.patches: List[Tuple[Any, Patch]] = [(self._embedding, patch(embedding, "forward", self._embed))]
+        for module, reader in _other_readers(model, embedding):
+            around = patch(module, "forward", getattr(self, reader.stands_in))
+            self.patches.append((weakref.ref(module), around))
 
     def undo(self) -> None:
         """Put back what was there."""
-        for each in reversed(self.patches):
+        for _, each in reversed(self.patches):
             each.undo()
 
     @property
@@ -47,13 +72,38 @@ class EmbeddingHook:
 
     def _embed(self, original: Callable[..., torch.Tensor], input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         rows = self._rows_now()
+        if len(self.patches) > 1:
+            self._thread.rows = rows
         if rows is None:
             return original(input, *args, **kwargs)
         is_soft = input >= self.vocabulary
         embedded = original(input.masked_fill(is_soft, 0), *args, **kwargs)
+        return self._placed(rows, input, is_soft, embedded)
+
+    def _placed(self, rows: Rows, ids: torch.Tensor, is_soft: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
         copy = rows.copy_on(embedded.device, embedded.dtype)
-        row = (input - (rows.first - 1)).clamp(0, rows.n_tokens + 1)
+        row = (ids - (rows.first - 1)).clamp(0, rows.n_tokens + 1)
         return torch.where(is_soft.unsqueeze(-1), copy[row.long()], embedded)
+
+    # The other readers are called behind the embedding, in the same forward pass.
+
+    def _pad(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if getattr(self._thread, "rows", None) is None:
+            return original(*args, **kwargs)
+        return original(*map(self._padded, args), **{name: self._padded(value) for name, value in kwargs.items()})
+
+    def _padded(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.dtype in (torch.int64, torch.int32):
+            return value.masked_fill(value >= self.vocabulary, self._padding)
+        return value
+
+    def _rows(self, original: Callable[..., Any], input_ids: Any = None, *args: Any, **kwargs: Any) -> Any:
+        rows = getattr(self._thread, "rows", None)
+        if rows is None or input_ids is None:
+            return original(input_ids, *args, **kwargs)
+        is_soft = input_ids >= self.vocabulary
+        embedded = original(input_ids.masked_fill(is_soft, self.vocabulary - 1), *args, **kwargs)
+        return self._placed(rows, input_ids, is_soft, embedded)
 
 
 def has_encoder(model: Any) -> bool:
@@ -71,6 +121,21 @@ def embedding_of(model: Any) -> Any:
     if embedding is None or getattr(embedding, "weight", None) is None:
         raise NoEmbedding(f"{type(model).__name__} has no input embedding that takes token ids")
     return embedding
+
+
+def _other_readers(model: Any, embedding: Any) -> Iterator[Tuple[Any, Reader]]:
+    for name, module in model.named_modules():
+        for reader in READERS:
+            own = vars(module)
+            marked = reader.mark in own or reader.mark in own["_buffers"] or name.split(".")[-1] == reader.mark
+            if marked and module is not embedding:
+                yield module, reader
+
+
+def _padding_of(model: Any) -> int:
+    """The id whose entries soft tokens get in tables that have none for them."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    return int(getattr(config, "pad_token_id", None) or 0)
 
 
 def _size_of(embedding: Any) -> Tuple[int, int]:

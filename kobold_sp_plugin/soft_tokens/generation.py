@@ -4,13 +4,13 @@ import inspect
 import threading
 import weakref
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 
 from ..compatibility import context_of
 from ..errors import ContextExceeded, UnsupportedCall
-from ..patching import patch
+from ..patching import Patch, patch
 from .columns import grow_mask, insert_columns, start_of_text
 from .embedding import has_encoder
 from .prefix import Prefixes
@@ -86,15 +86,15 @@ class GenerationAdapter:
         self._prefixes = Prefixes()
         self.running = 0
         """Calls of ``generate`` with soft prompts that have not ended."""
-        self.patches = [
-            patch(model, seam.name, getattr(self, seam.adapter))
+        self.patches: List[Tuple[Any, Patch]] = [
+            (self._model, patch(model, seam.name, getattr(self, seam.adapter)))
             for seam in (ENCODER_SEAMS if self._has_encoder else SEAMS)
             if callable(getattr(type(model), seam.name, None))
         ]
 
     def undo(self) -> None:
         """Put back what was there."""
-        for each in reversed(self.patches):
+        for _, each in reversed(self.patches):
             each.undo()
 
     def rows_now(self) -> Optional[Rows]:

@@ -10,6 +10,7 @@ import torch
 from ..errors import UnsupportedCall, UnsupportedModel, WidthMismatch
 from ..softprompt import SoftPrompt
 from .columns import grow_mask
+from .copies import copies_are_plain
 from .embedding import EmbeddingHook, embedding_of
 from .generation import GenerationAdapter
 from .rows import Rows
@@ -57,6 +58,7 @@ class SoftTokens:
         self._owners = [weakref.ref(model), weakref.ref(embedding)]
         for owner in (model, embedding):
             vars(owner)[_HANDLE] = self
+        self._copied = copies_are_plain([*self._hook.patches, *self._adapter.patches], _HANDLE)
 
     # Selection
 
@@ -165,6 +167,7 @@ class SoftTokens:
                 return
             self._adapter.undo()
             self._hook.undo()
+            self._copied()
             for owner in (each() for each in self._owners):
                 if owner is not None and vars(owner).get(_HANDLE) is self:
                     del vars(owner)[_HANDLE]

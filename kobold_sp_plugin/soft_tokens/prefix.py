@@ -10,7 +10,7 @@ import copy
 import logging
 import threading
 from collections import OrderedDict
-from typing import Any, Callable, Dict, Hashable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Hashable, Iterator, List, Optional
 
 import torch
 
@@ -58,7 +58,7 @@ class Prefixes:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kept: "OrderedDict[Hashable, Any]" = OrderedDict()
+        self._kept: OrderedDict[Hashable, Any] = OrderedDict()
         self._state: Hashable = None
         self._proved: Dict[Hashable, bool] = {}
 
@@ -190,7 +190,8 @@ def _state_of(model: Any) -> Hashable:
 
     Torch does not count what is written through ``.data``; PEFT's adapters, which do, are looked at by name.
     """
-    found: List[Hashable] = [_rope_of(model)]
+    _check_rope(model)
+    found: List[Hashable] = []
     for module in model.modules():
         own = vars(module)
         found.append(id(module))
@@ -207,7 +208,7 @@ def _state_of(model: Any) -> Hashable:
     return hash(tuple(found))
 
 
-def _rope_of(model: Any) -> None:
+def _check_rope(model: Any) -> None:
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     for name in ("rope_scaling", "rope_parameters"):
         given = getattr(config, name, None)
@@ -232,7 +233,7 @@ def _computed(model: Any, inputs: Dict[str, Any], n_prefix: int) -> Any:
     """The first ``n_prefix`` positions' keys and values, of batch size 1."""
     mine = _sliced(inputs, slice(0, n_prefix))
     output = _called(model, mine)
-    cache = mine.get(_name_of_cache(mine))
+    cache: Any = mine.get(_name_of_cache(mine))
     if cache is None:
         cache = getattr(output, "past_key_values", None)
     _check_cache(cache if not isinstance(cache, tuple) else None)
@@ -274,7 +275,7 @@ def _begin_behind(inputs: Dict[str, Any], prefix: Any, n_prefix: int) -> None:
     for name in _PER_POSITION:
         if isinstance(inputs.get(name), torch.Tensor):
             inputs[name] = inputs[name][..., n_prefix:].contiguous()
-    cache = inputs.get(_name_of_cache(inputs))
+    cache: Any = inputs.get(_name_of_cache(inputs))
     if cache is None:
         inputs["past_key_values"] = _mapped(prefix, lambda tensor: _widened(tensor, batch))
     elif hasattr(cache, "layers"):
@@ -330,7 +331,7 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
         for each in value:
             yield from _tensors_in(each)
     elif type(value).__name__ in _FROZEN_LAYERS + _CHANGING_LAYERS:
-        yield from _tensors_in([each for each in vars(value).values()])
+        yield from _tensors_in(list(vars(value).values()))
 
 
 def _bytes_of(prefix: Any) -> int:
