@@ -55,7 +55,9 @@ SIZES = {
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), HEADS),
     **dict.fromkeys(("encoder_attention_heads", "num_decoder_attention_heads"), HEADS),
     **dict.fromkeys(("num_encoder_attention_heads", "swa_num_attention_heads"), HEADS),
-    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "num_global_key_value_heads"), 2),
+    **dict.fromkeys(
+        ("num_key_value_heads", "num_kv_heads", "num_global_key_value_heads", "swa_num_key_value_heads"), 2
+    ),
     **dict.fromkeys(("head_dim", "v_head_dim", "d_kv", "dim_head", "attention_head_dim", "global_head_dim"), 8),
     **dict.fromkeys(("qk_nope_head_dim", "kv_channels", "swa_head_dim", "swa_v_head_dim", "index_head_dim"), 8),
     **dict.fromkeys(("qk_rope_head_dim", "mamba_n_heads", "mamba_d_head", "mamba_num_heads", "mamba_head_dim"), 8),
@@ -85,33 +87,63 @@ ENDINGS = {
     "patch_size": 4,
 }
 # Families whose sizes depend on one another, or that are no decoder unless told.
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 SPECIAL = {
     "bamba": {"attn_layer_indices": [1]},
-    "blt": {"num_hidden_layers": LAYERS},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note": {
+        "vision_config": {"adapter_in_dim": WIDTH, "adapter_out_dim": WIDTH},
+        "audio_config": {"adapter_input_size": WIDTH, "adapter_out_dim": WIDTH},
+    },
+    "falcon_h1": {"mamba_d_ssm": 64},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gemma4_text": {"global_head_dim": 8},
+    "gemma4": {"text_config": {"global_head_dim": 8}},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"], "layers_block_type": ["mamba", "attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False, "mamba_dt_rank": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "qwen4_exp_text": {
+        **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8},
+        **{"indexer_budget": 16, "indexer_compress_ratio": 4},
+    },
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "lsh"], "is_decoder": True},
+    "xmod": {"default_language": "en_XX"},
+    "xlstm": {"mlstm_round_up_to_multiple_of": 1, "ffn_round_up_to_multiple_of": 1},
+    "zamba": {
+        **{"num_hidden_layers": 4, "mamba_dt_rank": 4, "attention_hidden_size": 64, "attention_head_dim": 16},
+        **dict.fromkeys(("layers_block_type", "layer_types"), ["mamba", "hybrid", "mamba", "hybrid"]),
+    },
+    "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16},
 }
 
 
-def shrunk(config_class, special):
-    """A small configuration of ``config_class``; sub-configurations are shrunk by the same rules."""
-    default = config_class()
+def shrunk(default, special):
+    """A small configuration like ``default``; its sub-configurations are shrunk by the same rules."""
+    config_class = type(default)
     given = {}
     parts = getattr(config_class, "sub_configs", None) or {}
     for name in parts:
         part = getattr(default, name, None)
         if part is not None and hasattr(part, "to_dict"):
-            given[name] = shrunk(type(part), special.get(name, {})).to_dict()
+            own = {
+                key: value
+                for key, value in part.to_diff_dict().items()
+                if key not in ("transformers_version", "per_layer_config")
+            }
+            given[name] = {**own, **shrunk(part, special.get(name, {})).to_dict()}
     known = {**default.to_dict(), **{name: value_of(default, name) for name in SIZES}}
     for name, value in known.items():
         if isinstance(value, bool) or name in parts or isinstance(getattr(config_class, name, None), property):
             continue
         ending = next((size for end, size in ENDINGS.items() if name.endswith(end)), None)
         size = SIZES.get(name, ending)
-        if size is not None and (isinstance(value, int) or (value is None and name.endswith("token_id"))):
+        may_be_none = name.endswith("token_id") or name == "head_dim"
+        if size is not None and (isinstance(value, int) or (value is None and may_be_none)):
             given[name] = min(size, value) if isinstance(value, int) and value > 0 and not name.endswith("id") else size
     if "is_decoder" in known:
         given["is_decoder"] = True
@@ -148,7 +180,7 @@ def one_layer_of_each_kind(default, known, given):
 def tiny_model(family):
     """A random model of ``family`` in evaluation mode whose continuations vary."""
     name, _, kind = family.partition(" ")
-    config = shrunk(CONFIG_MAPPING[name], SPECIAL.get(name, {}))
+    config = shrunk(CONFIG_MAPPING[name](), SPECIAL.get(name, {}))
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -156,6 +188,7 @@ def tiny_model(family):
             getattr(transformers, ENCODER_DECODERS[name])(config) if kind else AutoModelForCausalLM.from_config(config)
         )
     model = model.float().eval()
+    attach(model).detach()  # a refusal comes before anything that the model itself may not do
     if hasattr(model, "generation_config"):
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = 0
@@ -300,8 +333,8 @@ def examined(family):
     try:
         ours = generate(model, batch, mask)
         marks = [
-            compared(ours, each, *lengths(encoder, out_of_loop, 9, n), row=index)
-            for index, (each, n) in enumerate(zip(alone, (6 + N_TOKENS, 9 + N_TOKENS)))
+            compared(ours, generate(model, each), *lengths(encoder, out_of_loop, 9, n), row=index)
+            for index, (each, n) in enumerate(((text[:, :6], 6), (text, 9)))
         ]
         row["padding"] = next((mark for mark in marks if mark != YES), YES)
     except Exception as error:
@@ -396,6 +429,8 @@ def main():
     families = [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *(f"{name} (encoder-decoder)" for name in ENCODER_DECODERS)]
     if args.only:
         families = [family for family in families if family.split(" ")[0] in args.only]
+    torch.set_num_threads(1)
+    generate(tiny_model("gpt2"), text_of(3))  # so that what all need is imported once, before the processes part
     lines = [f"| family | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
     print("\n".join(lines), flush=True)
     rows = {}

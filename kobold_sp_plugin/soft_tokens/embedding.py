@@ -6,7 +6,7 @@ from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 
-from ..errors import NoEmbedding, UnsupportedCall
+from ..errors import NoEmbedding, UnsupportedCall, UnsupportedModel
 from ..patching import Patch, patch
 from .rows import Rows
 
@@ -26,8 +26,14 @@ READERS = (
     # as images do there, and soft prompts in llama.cpp.
     Reader("embed_tokens_per_layer", "_pad"),
     Reader("tid2eid", "_pad"),  # DeepSeek V4: the experts of each id
+    Reader("ngram_heads_offsets", "_pad"),  # Qwen 4: rows of the last few ids together
     Reader("vocab_offset", "_rows"),  # Gemma 3n: ids past the text's are sounds
 )
+
+# Models that no soft token can be given to, by the attribute that tells, and why.
+REFUSED = {
+    "encoder_hash_tok_embedding": "it reads bytes, and makes tokens of them by their values",
+}
 
 
 class EmbeddingHook:
@@ -44,8 +50,9 @@ class EmbeddingHook:
         self._rows_now = rows_now
         self._thread = threading.local()
         self._padding = _padding_of(model)
+        others = list(_other_readers(model, embedding))
         self.patches: List[Tuple[Any, Patch]] = [(self._embedding, patch(embedding, "forward", self._embed))]
-        for module, reader in _other_readers(model, embedding):
+        for module, reader in others:
             around = patch(module, "forward", getattr(self, reader.stands_in))
             self.patches.append((weakref.ref(module), around))
 
@@ -125,8 +132,11 @@ def embedding_of(model: Any) -> Any:
 
 def _other_readers(model: Any, embedding: Any) -> Iterator[Tuple[Any, Reader]]:
     for name, module in model.named_modules():
+        own = vars(module)
+        for mark, reason in REFUSED.items():
+            if mark in own or mark in own["_modules"]:
+                raise UnsupportedModel(f"{type(model).__name__} cannot have soft tokens: {reason}")
         for reader in READERS:
-            own = vars(module)
             marked = reader.mark in own or reader.mark in own["_buffers"] or name.split(".")[-1] == reader.mark
             if marked and module is not embedding:
                 yield module, reader

@@ -41,7 +41,7 @@ _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")
 """Rotary embeddings whose first positions look different in a long text than in a short one."""
 
 _PROBE_POSITIONS = 8
-_TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-3}
+_TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4}
 _TOLERANCE = 0.05
 """How far a probe may be from the same logits without reuse, relative to them; half precisions round."""
 
