@@ -116,7 +116,7 @@ SPECIAL = {
     "xlstm": {"mlstm_round_up_to_multiple_of": 1, "ffn_round_up_to_multiple_of": 1},
     "zamba": {
         **{"num_hidden_layers": 4, "mamba_dt_rank": 4, "attention_hidden_size": 64, "attention_head_dim": 16},
-        **dict.fromkeys(("layers_block_type", "layer_types"), ["mamba", "hybrid", "mamba", "hybrid"]),
+        **{name: ["mamba", "hybrid", "mamba", "hybrid"] for name in ("layers_block_type", "layer_types")},
     },
     "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16},
 }
