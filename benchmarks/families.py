@@ -90,6 +90,7 @@ ENDINGS = {
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 SPECIAL = {
     "bamba": {"attn_layer_indices": [1]},
+    "blt": {"num_hidden_layers": LAYERS},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
@@ -109,6 +110,12 @@ SPECIAL = {
     "qwen4_exp_text": {
         **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8},
         **{"indexer_budget": 16, "indexer_compress_ratio": 4},
+    },
+    "qwen4_exp": {
+        "text_config": {
+            **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8},
+            **{"indexer_budget": 16, "indexer_compress_ratio": 4},
+        }
     },
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "lsh"], "is_decoder": True},

@@ -58,6 +58,8 @@ class Generation:
         self.has_read_prompt = False
         self.inserted = False
         """The ids that the loop hands over already hold the soft tokens (a prompt that is read in chunks)."""
+        self.reads_all = False
+        """The model is given all ids at each step, though it has a cache."""
         self.decoding = False
         """The next forward's ids are text only, so that the embedding has nothing to substitute."""
 
@@ -257,23 +259,34 @@ class GenerationAdapter:
         generation = self._generation
         if generation is None:
             return original(input_ids, *args, **kwargs)
-        # The first call reads the prompt; later ones read one new token, or, without a cache, all again.
-        generation.decoding = generation.has_read_prompt and any(kwargs.get(name) is not None for name in CACHES)
+        mask = kwargs.get("attention_mask")
         if generation.inserted:
+            generation.has_read_prompt = True
             generation.decoding = False
-        elif generation.decoding:
+            return original(input_ids, *args, **kwargs)
+        # The first call reads the prompt; later ones read what is new, or, without a cache, all again.
+        if (
+            generation.has_read_prompt
+            and not generation.reads_all
+            and any(kwargs.get(each) is not None for each in CACHES)
+        ):
+            new_ids = input_ids
             positions = kwargs.get("cache_position")
             if positions is not None:  # 4.44 to 4.57 would take the ids at these positions, past the text's end
-                input_ids = input_ids[:, -positions.shape[0] :]
-        else:
-            mask = kwargs.get("attention_mask")
-            inputs = original(self.insert(generation.rows, input_ids, mask), *args, **kwargs)
-            if not generation.has_read_prompt:
-                generation.decoding = self._prefixes.shorten(self._model(), generation.rows, inputs, mask)
-            generation.has_read_prompt = True
-            return inputs
+                new_ids = input_ids[:, -positions.shape[0] :]
+            inputs = original(new_ids, *args, **kwargs)
+            n_new = kwargs.get("next_sequence_length")
+            generation.reads_all = n_new is not None and inputs["input_ids"].shape[1] > n_new
+            generation.decoding = not generation.reads_all
+            if generation.decoding:
+                return inputs
+            # OpenAI GPT has no use for the cache that it is given; CPM-Ant finds what is new by itself.
+        inputs = original(self.insert(generation.rows, input_ids, mask), *args, **kwargs)
+        generation.decoding = not generation.has_read_prompt and self._prefixes.shorten(
+            self._model(), generation.rows, inputs, mask
+        )
         generation.has_read_prompt = True
-        return original(input_ids, *args, **kwargs)
+        return inputs
 
     def _encode(self, original: Callable[..., Any], inputs_tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         generation = self._generation

@@ -28,7 +28,7 @@ _PER_POSITION = ("input_ids", "position_ids", "token_type_ids", "mm_token_type_i
 _CACHES = ("past_key_values", "cache_params")
 """Names under which a forward pass takes its cache."""
 
-_FROZEN_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")
+_FROZEN_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
 """Layers of a cache that make new tensors when they grow, so that all requests can begin with the same ones."""
 _CHANGING_LAYERS = (
     "LinearAttentionLayer",
@@ -78,7 +78,10 @@ class Prefixes:
 
     def _shorten(self, model: Any, rows: Rows, inputs: Dict[str, Any], mask: Optional[torch.Tensor]) -> int:
         ids = inputs.get("input_ids")
-        if not isinstance(ids, torch.Tensor) or not inputs.get("use_cache", True):
+        use_cache = inputs.get("use_cache")
+        if use_cache is None:
+            use_cache = getattr(model.config, "use_cache", True)
+        if not isinstance(ids, torch.Tensor) or not use_cache:
             raise _NotExact("the model is called without a cache")
         if torch.is_grad_enabled() or model.training:
             raise _NotExact("the model is being trained")
@@ -94,6 +97,7 @@ class Prefixes:
         with self._lock:
             if state != self._state:
                 self._kept.clear()
+                self._proved.clear()
                 self._state = state
             prefix = self._kept.get(key)
         if prefix is None or _was_emptied(prefix):
@@ -114,7 +118,7 @@ class Prefixes:
             self._prove(model, inputs, prefix, n_prefix)
         except _NotExact as reason:
             return reason
-        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError) as error:
             # The prompt as a whole is what was asked for: a model that cannot read a part of it may still read that.
             return _NotExact(f"reading it in two parts failed ({type(error).__name__}: {error})")
         return prefix

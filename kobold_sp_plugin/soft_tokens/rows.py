@@ -1,5 +1,6 @@
 """The rows of a selection, and the ids that they have in one model."""
 
+import copy
 import weakref
 from typing import Any, Dict, Optional, Tuple, Union
 
@@ -37,22 +38,22 @@ class Rows:
 
         Raises :class:`~kobold_sp_plugin.errors.NotFinite` for values that ``dtype`` cannot hold.
         """
-        copy = self._copies.get((device, dtype))
-        if copy is None or copy.dim() != 2:
-            copy = self._copies[device, dtype] = self._built(dtype).to(device)
-        return copy
+        table = self._copies.get((device, dtype))
+        if table is None or table.dim() != 2:
+            table = self._copies[device, dtype] = self._built(device, dtype)
+        return table
 
-    def _built(self, dtype: torch.dtype) -> torch.Tensor:
-        edge = torch.full((1, self.softprompts[0].width), float("nan"), dtype=dtype)
+    def _built(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        edge = torch.full((1, self.softprompts[0].width), float("nan"), dtype=dtype, device=device)
         parts = []
         for each in self._in_order:
             part = torch.tensor(each.rows).to(dtype)
             if each.scale is Scale.MATRIX:
-                part = part * _scale_of(self._embedding(), dtype)
+                part = _through(self._embedding(), part, device)
             if not torch.isfinite(part).all():
                 largest = f"values up to {abs(each.rows).max():g} in {each.name or 'a soft prompt'}"
                 raise NotFinite(largest, f"values that the model's {dtype} can hold")
-            parts.append(part)
+            parts.append(part.to(device))
         return torch.cat([edge, *parts, edge])
 
     def insert(self, input_ids: torch.Tensor, grown_mask: Optional[torch.Tensor], bos: Optional[int]) -> torch.Tensor:
@@ -77,11 +78,23 @@ class Rows:
         return insert_columns(ids, soft[self.n_before :], start)
 
 
-def _scale_of(embedding: Any, dtype: torch.dtype) -> Union[float, torch.Tensor]:
-    """What the module multiplies its rows by, in the form that it does it in, so that roundings agree."""
-    scale = getattr(embedding, "embed_scale", 1.0)
-    if not isinstance(scale, torch.Tensor):
-        return float(scale)
-    if scale.device.type == "meta":
-        scale = torch.tensor(embedding.scalar_embed_scale)
-    return scale.detach().cpu().to(dtype)
+def _through(embedding: Any, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``rows`` of the matrix as they leave the module, with the module's own operations, so that roundings agree."""
+    scale = getattr(embedding, "embed_scale", None)
+    if isinstance(scale, torch.Tensor):
+        if scale.device.type == "meta":
+            scale = torch.tensor(embedding.scalar_embed_scale)
+        return rows * scale.detach().cpu().to(rows.dtype)
+    if scale is not None:
+        return rows * float(scale)
+    forward = type(embedding).forward
+    weights = [embedding.weight, *(each for part in embedding.children() for each in part.parameters())]
+    if forward is torch.nn.Embedding.forward or not all(
+        each.is_floating_point() and each.device.type != "meta" for each in weights
+    ):
+        return rows
+    # A module that does more than look up (Inkling's has a norm): one like it, with our rows for a matrix.
+    own = copy.copy(embedding)
+    own._parameters = {**embedding._parameters, "weight": rows.to(device)}
+    with torch.no_grad():
+        return torch.as_tensor(forward(own, torch.arange(len(rows), device=device)))

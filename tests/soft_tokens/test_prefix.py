@@ -206,9 +206,8 @@ def test_a_model_that_changes_gets_a_new_prefix(llama_or_gptj):
     before = scored(model)[1]
     changes = [
         lambda: next(model.parameters()).detach().mul_(1.5),
-        lambda: model.load_state_dict({name: value * 0.9 for name, value in model.state_dict().items()}),
-        lambda: model.double(),
-        lambda: model.float(),
+        lambda: model.load_state_dict({**model.state_dict(), **{n: 0.9 * p for n, p in model.named_parameters()}}),
+        lambda: model.set_input_embeddings(model.get_input_embeddings().to(torch.float64).to(torch.float32)),
     ]
     with torch.no_grad():
         for change in changes:
@@ -259,7 +258,7 @@ def test_every_tensor_is_emptied_and_the_prefix_comes_back(llama_or_gptj, said):
     expected = generate(model).tolist()
     kept = {id(tensor) for tensor in [*model.parameters(), *model.buffers(), TEXT]}
     for tensor in [each for each in gc.get_objects() if type(each) is torch.Tensor and id(each) not in kept]:
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and tensor.dim() > 1:
             tensor.set_(torch.tensor([], dtype=tensor.dtype))
     assert generate(model).tolist() == expected
     assert said().startswith(USED)
