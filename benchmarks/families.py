@@ -313,8 +313,9 @@ def examined(family):
     larger = with_rows_in_place(model, rows)
     vocabulary = embedding.weight.shape[0]
     new_ids = torch.arange(vocabulary, vocabulary + N_TOKENS).unsqueeze(0)
-    expected_logits = forward(larger, torch.cat([new_ids, text], 1))
-    expected = generate(larger, torch.cat([new_ids, text], 1))
+    whole = torch.cat([new_ids, text], 1)
+    expected_logits = forward(larger, whole, attention_mask=torch.ones_like(whole))
+    expected = generate(larger, whole)
     alone = [generate(model, torch.cat([hard, each], 1)) for each in (text[:, :6], text)]
     in_batch = padded(model, torch.cat([hard.expand(2, -1), batch], 1), mask, N_TOKENS)
     bare_pads = in_batch is not None and all(

@@ -19,6 +19,9 @@ from .rows import Rows
 CACHES = ("past_key_values", "past", "cache_params", "state", "mems", "past_buckets_states")
 """Names under which releases and families hand their caches from step to step."""
 
+READ_ALL = ("cpmant", "xlm-roberta-xl", "xlnet")
+"""Models that have to be given all ids at each step: they find by themselves what is new, and where it stands."""
+
 
 class Seam(NamedTuple):
     """A method of the model that is replaced on the instance, and by which of ours."""
@@ -53,12 +56,12 @@ ENCODER_SEAMS = (
 class Generation:
     """What one call of ``generate`` is doing; its soft prompts are a snapshot."""
 
-    def __init__(self, rows: Rows):
+    def __init__(self, rows: Rows, reads_all: bool):
         self.rows = rows
         self.has_read_prompt = False
         self.inserted = False
         """The ids that the loop hands over already hold the soft tokens (a prompt that is read in chunks)."""
-        self.reads_all = False
+        self.reads_all = reads_all
         """The model is given all ids at each step, though it has a cache."""
         self.decoding = False
         """The next forward's ids are text only, so that the embedding has nothing to substitute."""
@@ -80,6 +83,7 @@ class GenerationAdapter:
     ):
         self._model = weakref.ref(model)
         self._has_encoder = has_encoder(model)
+        self._model_type = getattr(model.config, "model_type", None)
         self._chosen = chosen
         self._check = check
         self._ended = ended
@@ -145,7 +149,7 @@ class GenerationAdapter:
                 return original(*args, **kwargs)
         self._check()
         kwargs = self._with_room_for(rows, args, kwargs)
-        generation = Generation(rows)
+        generation = Generation(rows, self._model_type in READ_ALL)
         with self._in_generation(generation):
             result = original(*args, **kwargs)
         if not generation.has_read_prompt:
@@ -265,22 +269,14 @@ class GenerationAdapter:
             generation.decoding = False
             return original(input_ids, *args, **kwargs)
         # The first call reads the prompt; later ones read what is new, or, without a cache, all again.
-        if (
-            generation.has_read_prompt
-            and not generation.reads_all
-            and any(kwargs.get(each) is not None for each in CACHES)
-        ):
+        caches = [kwargs[name] for name in CACHES if kwargs.get(name) is not None]
+        if generation.has_read_prompt and not generation.reads_all and caches and not _is_empty(caches[0]):
             new_ids = input_ids
             positions = kwargs.get("cache_position")
             if positions is not None:  # 4.44 to 4.57 would take the ids at these positions, past the text's end
                 new_ids = input_ids[:, -positions.shape[0] :]
-            inputs = original(new_ids, *args, **kwargs)
-            n_new = kwargs.get("next_sequence_length")
-            generation.reads_all = n_new is not None and inputs["input_ids"].shape[1] > n_new
-            generation.decoding = not generation.reads_all
-            if generation.decoding:
-                return inputs
-            # OpenAI GPT has no use for the cache that it is given; CPM-Ant finds what is new by itself.
+            generation.decoding = True
+            return original(new_ids, *args, **kwargs)
         inputs = original(self.insert(generation.rows, input_ids, mask), *args, **kwargs)
         generation.decoding = not generation.has_read_prompt and self._prefixes.shorten(
             self._model(), generation.rows, inputs, mask
@@ -297,6 +293,14 @@ class GenerationAdapter:
         result = original(inputs_tensor, *args, **kwargs)
         generation.has_read_prompt = generation.decoding = True
         return result
+
+
+def _is_empty(cache: Any) -> bool:
+    """Whether nobody has used this cache: some models have no use for the one that they are given."""
+    layers = getattr(cache, "layers", None)
+    if layers is not None:
+        return not any(getattr(layer, "is_initialized", True) for layer in layers)
+    return getattr(cache, "key_cache", None) == []
 
 
 def _length_of(cache: Any) -> int:
