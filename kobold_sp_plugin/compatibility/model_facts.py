@@ -155,7 +155,12 @@ def _text_part(config: Any) -> Any:
 
 
 def _field(config: Any, name: str) -> Any:
-    return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+    if isinstance(config, Mapping):
+        return config.get(name)
+    try:
+        return getattr(config, name, None)
+    except (NotImplementedError, ValueError):  # how XLNet says that it has none, and others that it varies by layer
+        return None
 
 
 def _read_config(path: Path) -> Mapping[str, Any]:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, 
 from transformers import __version__ as transformers_version
 
 from ..compatibility import ModelFacts, context_of, facts
-from ..errors import ContextExceeded, ModelError, NoModel
+from ..errors import ContextExceeded, ModelError, NoModel, UnsupportedModel
 from ..soft_tokens import SoftTokens, attach
 from ..softprompt import SoftPrompt
 from . import Effect, GenerationSettings
@@ -133,10 +133,13 @@ class TransformersEngine:
     """Generates with a model that is already loaded; the model gets soft tokens, and is held weakly.
 
     ``lock`` is held while the model generates. A host that generates by itself takes it too, so that a
-    measurement waits.
+    measurement waits. Raises :class:`UnsupportedModel` for a model with an encoder: what it writes does not
+    continue the text.
     """
 
     def __init__(self, model: Any, tokenizer: Any, name: str):
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise UnsupportedModel(f"{type(model).__name__} has an encoder; it answers a text, but continues none")
         self.name = name
         self.lock = Turns()
         self._model = weakref.ref(model)
