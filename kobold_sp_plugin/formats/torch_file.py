@@ -208,8 +208,9 @@ def source(
     if offset + span > storage.length:
         found = f"{label} that reaches to value {offset + span} of {storage.length}"
         raise TruncatedTensor(found, "values inside its memory")
-    if span > npy.MAX_ELEMENTS:
-        raise TooLarge(f"{label} spread over {span} values", f"at most {npy.MAX_ELEMENTS}")
+    whole = (down == width or n_tokens == 1) and across == 1
+    if not whole and span + n_tokens * width > npy.MAX_ELEMENTS:  # both are in memory at once
+        raise TooLarge(f"{label} spread over {span} values", f"at most {npy.MAX_ELEMENTS} together with the rows")
     item = _ITEM_SIZES[dtype]
     opened = file.opened(storage)
     if opened.size != storage.length * item:
@@ -221,8 +222,7 @@ def source(
     def rows() -> np.ndarray:
         rest = opened.size - (offset + span) * item
         _skip(opened.read, offset * item)
-        whole = down == width and across == 1
-        values = np.empty((n_tokens, width) if whole or n_tokens == 1 == across else span, dtype=np.float32)
+        values = np.empty((n_tokens, width) if whole else span, dtype=np.float32)
         npy.fill(values.reshape(-1), span, opened.read, dtype, stored, label)
         _skip(opened.read, rest)
         opened.finish()
