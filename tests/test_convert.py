@@ -198,3 +198,22 @@ def test_a_folder_that_is_not_there_and_a_pipe_are_said(tmp_path, noir):
     result = run(noir, tmp_path / "pipe.npy", "--force")
     assert result.exit_code == 1 and "no ordinary file" in result.output
     assert (tmp_path / "pipe.npy").is_fifo()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "gpt2", "n_embd": "x"},
+        {"model_type": "opt", "hidden_act": "x", "activation_function": "x"},
+        {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}},
+    ],
+)
+def test_a_configuration_that_nothing_can_be_built_of_is_wrong_use(tmp_path, noir, config):
+    """In one line, and without asking whether the model's own code may be run."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model" / "own.py").write_text("raise SystemExit(77)")
+    arguments = ["convert", noir, tmp_path / "out", "--to", "peft", "--model", tmp_path / "model"]
+    result = CliRunner().invoke(main, list(map(str, arguments)), input="y\n")
+    assert result.exit_code == 2 and "[y/N]" not in result.output
+    assert "configuration" in result.output and "\ufffd" not in result.output

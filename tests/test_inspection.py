@@ -180,6 +180,11 @@ class TestCheck:
         result = run("check", tmp_path / "wide.zip", "--model", model_folder)
         assert result.exit_code == 1 and "incompatible: made for 64 columns, this model has 32" in result.output
 
+    def test_inspect_tells_that_a_file_cannot_be_read_before_it_loads_the_model(self, tmp_path):
+        (tmp_path / "broken.zip").write_bytes(b"PK")
+        result = run("inspect", tmp_path / "broken.zip", "--model", tmp_path / "absent")
+        assert result.exit_code == 1 and "unreadable" in result.output
+
     @pytest.mark.parametrize("command", ["check", "inspect"])
     def test_unreadable_is_1(self, tmp_path, model_folder, command):
         (tmp_path / "broken.zip").write_bytes(b"PK")

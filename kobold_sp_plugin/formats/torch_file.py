@@ -179,7 +179,9 @@ def choose(names: Sequence[str], shapes: Sequence[Any], part: Optional[str], lab
         return flat[0]
     if not flat:
         raise NoTensor(f"{label} without a tensor of rows", "a tensor [n_tokens, width]")
-    raise SeveralSoftPrompts(f"{label} with {len(flat)} tensors ({listed})", "one, or one of them named as the part")
+    raise SeveralSoftPrompts(
+        f"{label} with {len(flat)} tensors ({listed})", "one; `kobold-sp convert` with `--part NAME` takes one out"
+    )
 
 
 def source(
