@@ -23,6 +23,15 @@ READ_ALL = ("cpmant", "xlm-roberta-xl", "xlnet")
 """Models that have to be given all ids at each step: they find by themselves what is new, and where it stands."""
 
 
+def _cuts_relatively() -> bool:
+    """Whether assisted decoding cuts so many positions off the cache, and not all after the text's length."""
+    try:
+        from transformers.cache_utils import Cache
+    except ImportError:  # before 4.36
+        return False
+    return "tokens_to_remove" in inspect.signature(getattr(Cache, "crop", lambda: None)).parameters
+
+
 class Seam(NamedTuple):
     """A method of the model that is replaced on the instance, and by which of ours."""
 
@@ -176,9 +185,9 @@ class GenerationAdapter:
                 raise UnsupportedCall(f"generate() was given a filled cache ({name}) together with a soft prompt")
         self._check_context(rows, args, kwargs)
         grown = dict(kwargs)
-        if not hasattr(self._model(), "_prefill") and not self._has_encoder:
-            # Releases before 5.0 cut the cache back to the length of the text; without a helper that guesses
-            # ahead, the text is the same.
+        if not _cuts_relatively() and not self._has_encoder:
+            # These releases cut the cache, some the mask too, back to the length of the text; without a helper
+            # that guesses ahead, the text is the same.
             for helper in ("assistant_model", "prompt_lookup_num_tokens"):
                 if self._setting(helper, kwargs) is not None:
                     grown[helper] = None
