@@ -183,7 +183,7 @@ class Client(Attachment):
         if not self._serves:
             return original(filename)
         try:
-            self.session.select(filename.strip())
+            self.session.select([filename.strip() if isinstance(filename, str) else filename])
         except SoftPromptError as error:
             if self._loading is None:
                 raise self._host["ValidationError"](str(error)) from error
