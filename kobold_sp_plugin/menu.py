@@ -8,6 +8,7 @@ escaped (the author and the file name of the old page's list, both names in its 
 """
 
 import html
+import logging
 import threading
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,6 +19,8 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 from .compatibility import Verdict
 from .errors import SoftPromptError
 from .session import Session
+
+log = logging.getLogger(__name__)
 
 OLD_UI, UI2 = "UI_1", "UI_2"
 """KoboldAI's rooms: the clients of its old page and of its new one."""
@@ -249,7 +252,7 @@ class Menu:
         """Forget what the client marked."""
         self._marked.pop(client, None)
 
-    def load_softprompt(self, client: str, payload: Any) -> None:
+    def load_softprompt(self, client: str, payload: Any = None) -> None:
         """Select the file, or the list of files in order; "" is none."""
         error = self._select(client, payload)
         if error is not None:
@@ -282,7 +285,7 @@ class Menu:
         columns = {"column_names": ["Soft prompt", "Description"], "column_widths": ["150px", "auto"]}
         self._emit("popup_items", {"items": items, "show_filename": False, **columns}, client)
 
-    def message(self, client: str, payload: Any) -> None:
+    def message(self, client: str, payload: Any = None) -> None:
         """The old page's three commands; any other command is the host's."""
         command = payload.get("cmd") if isinstance(payload, dict) else None
         if command == "splistrequest":
@@ -308,7 +311,10 @@ class Menu:
         while not self._closed.is_set():
             if self._changed.is_set():
                 self._changed.clear()
-                self._send_changes()
+                try:
+                    self._send_changes()
+                except Exception:  # of one change that cannot be sent; the next one can
+                    log.exception("A change of the menu could not be sent")
             else:
                 sleep(RELAY_SECONDS)
 

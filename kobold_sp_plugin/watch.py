@@ -28,6 +28,12 @@ _IDLE = 2.0
 """Seconds between two looks that no event asked for: events get lost, and folders get replaced."""
 _MISSING = 0.5
 """Seconds between two looks for a folder that is not there."""
+_POLLING = 0.3
+"""Seconds between two looks at a folder where nothing tells of changes."""
+_SLOW_POLLING = 1.0
+"""The same where a look is slow: a network drive, or very many files."""
+_SHARE = 0.02
+"""Of the time, what looking may take unless the next look is due after ``_SLOW_POLLING``."""
 
 _MOUNTS = "/proc/self/mounts"
 _NETWORK_FILE_SYSTEMS = {
@@ -39,9 +45,9 @@ _NETWORK_FILE_SYSTEMS = {
 class Watcher:
     """Watches one folder from a thread of its own until closed; made by :func:`watch`."""
 
-    def __init__(self, folder: Path, on_change: Callable[[], Any], poll: bool, interval: float):
+    def __init__(self, folder: Path, on_change: Callable[[], Any], poll: bool, interval: float, longest: float):
         self._folder, self._on_change = folder, on_change
-        self._interval = interval
+        self._interval, self._longest = interval, longest
         self._events: Optional[_Events] = None if poll else _Events(folder)
         self._reported = _stamps_or_none(folder) or {}
         self._pending: Dict[str, Tuple[Optional[Stamp], float]] = {}
@@ -92,10 +98,12 @@ class Watcher:
     def _look(self) -> float:
         """Report what has changed and settled; the seconds until the next look is due."""
         writing, done = self._events.noted() if self._events is not None else (set(), set())
+        began = time.monotonic()
         seen = _stamps_or_none(self._folder)
-        if seen is None:
-            return self._interval
         now = time.monotonic()
+        polling = max(self._interval, min((now - began) / _SHARE, self._longest))  # a look that is cheap is often
+        if seen is None:
+            return polling
         changed = [name for name in {**self._reported, **seen} if self._reported.get(name) != seen.get(name)]
         names_writing, names_done = set(map(_first_part, writing)), set(map(_first_part, done))
         before, self._pending, due = self._pending, {}, []
@@ -120,7 +128,7 @@ class Watcher:
         if settled:
             self._call()
         if self._events is None:
-            return self._interval
+            return self._interval if due else polling  # soon, to see whether it stays so
         return min([*due, _IDLE if os.path.isdir(self._folder) else _MISSING])
 
     def _needed(self, name: str, stamp: Optional[Stamp], writing: Set[str], done: Set[str]) -> float:
@@ -142,16 +150,22 @@ class Watcher:
             _LOG.exception("a callback failed that was told of a change of %s", self._folder)
 
 
-def watch(folder: Union[str, Path], on_change: Callable[[], Any], poll: bool = False, interval: float = 1.0) -> Watcher:
+def watch(
+    folder: Union[str, Path], on_change: Callable[[], Any], poll: bool = False, interval: Optional[float] = None
+) -> Watcher:
     """Start a thread that calls ``on_change()`` after every change of the soft prompts in ``folder``.
 
     One call for each settled change, or for several that settle together: a file has appeared, been replaced,
     renamed or deleted, a copy has finished, the folder has been removed or made (it may be missing now).
-    ``poll``: look every ``interval`` seconds instead of waiting for the system to tell, which is also what
-    happens without watchdog, on network drives, and where the system refuses.
+    ``poll``: look in intervals instead of waiting for the system to tell, which is also what happens without
+    watchdog, on network drives, and where the system refuses. ``interval``: that many seconds each; unless
+    given, as few as cost next to nothing, and at most one.
     """
     folder = Path(folder)
-    return Watcher(folder, on_change, poll or _is_on_network(folder), interval)
+    is_on_network = _is_on_network(folder)
+    if interval is None:
+        interval = _SLOW_POLLING if is_on_network else _POLLING
+    return Watcher(folder, on_change, poll or is_on_network, interval, max(interval, _SLOW_POLLING))
 
 
 class _Events:

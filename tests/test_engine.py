@@ -433,3 +433,13 @@ class TestText:
         pieces, maker = fed(text, stops)
         assert "".join(pieces) == expected
         assert maker.ended == (expected != text)
+
+
+def test_a_model_that_was_detached_is_left_alone(engine, model):
+    attach(model).detach()
+    engine.select(())
+    engine.select([softprompt()])
+    for use in (lambda: engine.effect([softprompt()]), lambda: text_of(engine), lambda: engine.override(())):
+        with pytest.raises(NoModel, match="taken back"):
+            use()
+    assert not [name for name in vars(model) if name.startswith("_kobold")]

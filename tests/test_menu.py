@@ -318,3 +318,22 @@ class TestOldPage:
     def test_other_messages_are_the_hosts(self, host, payload):
         host.menu.message("a", payload)
         assert host.sent == []
+
+
+def test_an_event_without_a_payload_is_answered(host):
+    host.menu.load_softprompt("me")
+    assert "Expected a file name" in host.hears("softprompt_error", "me")["message"]
+    host.menu.message("me")
+
+
+def test_a_change_that_cannot_be_sent_does_not_end_the_menu(host, session, monkeypatch, caplog):
+    def refuse(*_):
+        monkeypatch.undo()
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(host.menu, "_emit", refuse)
+    session.select("noir.zip")
+    host.settled()
+    session.select(())
+    host.hears("softprompts", selection=[])
+    assert "could not be sent" in caplog.text

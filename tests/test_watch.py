@@ -217,6 +217,47 @@ def test_without_watchdog_it_polls(folder, monkeypatch):
         reports.wait_for(1)
 
 
+class Clock:
+    """Stands for a watcher's waits: says how long each would be, and looks at once."""
+
+    def __init__(self, monkeypatch, seconds_of_a_look=0.0):
+        self.now, self.looks = 0.0, []
+        monkeypatch.setattr(watching.time, "monotonic", lambda: self.now)
+        stamps = watching.stamps
+
+        def slow(folder):
+            self.now += seconds_of_a_look
+            self.looks.append(self.now)
+            return stamps(folder)
+
+        monkeypatch.setattr(watching, "stamps", slow)
+
+
+@pytest.mark.parametrize(
+    "seconds_of_a_look, on_network, slowest",
+    [(0.001, False, 0.7), (0.008, False, 0.9), (0.1, False, 1.6), (0.001, True, 2.1)],
+)
+def test_how_soon_polling_reports_a_change_and_what_that_costs(
+    folder, monkeypatch, seconds_of_a_look, on_network, slowest
+):
+    """By a clock of the test's own: seconds from a change that comes just after a look to its report."""
+    monkeypatch.setitem(sys.modules, "watchdog.observers", None)
+    monkeypatch.setattr(watching, "_is_on_network", lambda folder: on_network)
+    reports = Reports()
+    with watch(folder, reports) as watcher:
+        assert watcher.polls
+    clock = Clock(monkeypatch, seconds_of_a_look)
+    idle = watcher._look()
+    assert seconds_of_a_look <= idle * 0.021 or idle == 1.0
+    (folder / "new.zip").write_bytes(b"new")
+    start = clock.now
+    clock.now += idle
+    while not reports.count:
+        assert clock.now - start < 10
+        clock.now += watcher._look()
+    assert clock.looks[-1] - start <= slowest and len(clock.looks) == 3
+
+
 def test_where_the_system_refuses_it_polls(folder, monkeypatch):
     from watchdog.observers import Observer
 

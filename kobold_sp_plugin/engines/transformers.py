@@ -18,7 +18,7 @@ from transformers import __version__ as transformers_version
 
 from ..compatibility import ModelFacts, context_of, facts
 from ..errors import ContextExceeded, ModelError, NoModel, UnsupportedModel
-from ..soft_tokens import SoftTokens, attach
+from ..soft_tokens import SoftTokens, attach, attached
 from ..softprompt import SoftPrompt
 from . import Effect, GenerationSettings
 
@@ -167,15 +167,17 @@ class TransformersEngine:
     def select(self, softprompts: Sequence[SoftPrompt]) -> None:
         """Make these, in order, the soft prompts of generations that begin from now on.
 
-        Raises :class:`WidthMismatch`; the selection is then what it was.
+        A model that is gone, or that was detached, has none and gets none. Raises :class:`WidthMismatch`; the
+        selection is then what it was.
         """
         model = self._model()
-        if model is not None:
-            attach(model).select(softprompts)
+        handle = attached(model) if model is not None else None
+        if handle is not None:
+            handle.select(softprompts)
 
     def override(self, softprompts: Sequence[SoftPrompt]) -> ContextManager[None]:
         """Have what a host generates in this thread, inside the ``with`` block, read these and not the selection."""
-        return attach(self._existing()).override(softprompts)
+        return self._handle_of(self._existing()).override(softprompts)
 
     def effect(self, softprompts: Sequence[SoftPrompt]) -> Effect:
         """Mean total-variation distance of the next-token distribution with and without, over ``PROBES``: 0 to 1.
@@ -204,7 +206,7 @@ class TransformersEngine:
         while len(found) < len(probes):
             with self.lock.in_between(), torch.no_grad():
                 model = self._existing()  # not before: who waits for the lock must not keep a model alive
-                handle = attach(model)
+                handle = self._handle_of(model)
                 vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None) or 2**18
                 at_once = max(1, _MOST_LOGITS // (vocabulary * (n_tokens + length)))
                 part = probes[len(found) : len(found) + at_once]
@@ -237,7 +239,7 @@ class TransformersEngine:
         within one token. Raises :class:`ContextExceeded` or :class:`NoModel`; what goes wrong later is
         raised from the iterator.
         """
-        handle = attach(self._existing())
+        handle = self._handle_of(self._existing())
         chosen = handle.selection if softprompts is None else tuple(softprompts)
         ids = self._fit(settings, sum(softprompt.n_tokens for softprompt in chosen))
         text = _Text(self._tokenizer, ids, settings.stop_sequence)
@@ -363,6 +365,13 @@ class TransformersEngine:
             if token_id is not None:
                 return int(token_id)
         return 0
+
+    def _handle_of(self, model: Any) -> SoftTokens:
+        """The model's handle; what was detached since stays detached."""
+        handle = attached(model)
+        if handle is None:
+            raise NoModel(f"The soft tokens of {self.name} were taken back.")
+        return handle
 
     def _existing(self) -> Any:
         model = self._model()

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
@@ -17,13 +18,15 @@ from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 from .. import __version__
 from ..errors import BadRecord, FileInTheWay, ForeignPackage, HostError, ReadOnlyInstall
 from . import payload
-from .environments import Environment, Host, find_environment, host_version, probe, recognise
+from .environments import HOSTS, Environment, Host, find_environment, host_version, probe, recognise
 
 RECORD = "kobold_sp_plugin.json"
 _FORMAT = 1
 _LARGEST_RECORD = 4 << 20
 _PART = ".kobold-sp"
 """Ends the name of a file that is being written."""
+_TOPS = ("kobold_sp_", "watchdog", "_watchdog_fsevents")
+"""How the names of what an install puts into an environment begin."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,41 @@ class Record:
         if values["format"] != _FORMAT:
             raise ValueError(f"format {values['format']!r} is not {_FORMAT}")
         site_packages = folder / values["site_packages"]
+        destinations = {folder / into for host in HOSTS for _, into in host.destinations}
+        makes = {folder / name for host in HOSTS for name in host.makes}
 
         def inside(name: str) -> Path:
             path = folder / name
             if ".." in path.parts or not {folder, site_packages} & set(path.parents):
                 raise ValueError(f"{name!r} is neither in the host's folder nor in its environment")
             return path
+
+        def is_named_as_ours(path: Path) -> bool:
+            return path.relative_to(site_packages).parts[0].startswith(_TOPS)
+
+        # Whoever wrote the record, what is removed by it has a name that an install writes, and no other.
+        def written(name: str) -> Path:
+            path = inside(name)
+            if not (is_named_as_ours(path) if site_packages in path.parents else destinations & set(path.parents)):
+                raise ValueError(f"{name!r} is no file that is installed")
+            return path
+
+        def emptied(name: str) -> Path:
+            path = inside(name)
+            if folder in path.parents or is_named_as_ours(path) or path == site_packages / "__pycache__":
+                return path
+            raise ValueError(f"{name!r} is no folder that is installed")
+
+        def made(name: str) -> Path:
+            path = inside(name)
+            if path not in makes:
+                raise ValueError(f"{name!r} is no file that the hook makes")
+            return path
+
+        def sums(of: List[str]) -> Tuple[str, ...]:
+            if not all(re.fullmatch("[0-9a-f]{64}", each) for each in of):
+                raise ValueError(f"{of!r} are no checksums")
+            return tuple(of)
 
         return cls(
             folder=folder,
@@ -90,9 +122,9 @@ class Record:
             python=folder / values["python"],
             site_packages=site_packages,
             watchdog=values["watchdog"],
-            files={inside(name): tuple(map(str, sums)) for name, sums in values["files"].items()},
-            folders=tuple(inside(name) for name in values["folders"]),
-            made=tuple(inside(name) for name in values["made"]),
+            files={written(name): sums(of) for name, of in values["files"].items()},
+            folders=tuple(emptied(name) for name in values["folders"]),
+            made=tuple(made(name) for name in values["made"]),
         )
 
     def save(self) -> None:

@@ -6,6 +6,6 @@ decoding loop and the model (``prepare_inputs_for_generation``). The loop itself
 samplers, stopping rules, streamers, length limits and returned sequences never meet a soft token.
 """
 
-from .handle import SoftTokens, attach
+from .handle import SoftTokens, attach, attached
 
-__all__ = ["SoftTokens", "attach"]
+__all__ = ["SoftTokens", "attach", "attached"]

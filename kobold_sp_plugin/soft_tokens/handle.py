@@ -38,6 +38,13 @@ def attach(model: Any) -> "SoftTokens":
         return handle
 
 
+def attached(model: Any) -> "Optional[SoftTokens]":
+    """The handle of a model that has soft tokens now, else None; unlike :func:`attach`, this changes nothing."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    handle: Optional[SoftTokens] = vars(base).get(_HANDLE)
+    return None if handle is None or handle._detached else handle
+
+
 class SoftTokens:
     """The handle of an attached model: which soft prompts it reads first, and the way back.
 

@@ -645,6 +645,14 @@ def damage(folder, change):
         lambda record: record["made"].append("../outside"),
         lambda record: record["files"].update({".": []}),
         lambda record: record.update(site_packages=None),
+        lambda record: record.update(files={"aiserver.py": [hashlib.sha256(b"# Version: 1.19.2\n").hexdigest()]}),
+        lambda record: record["files"].update({name: [""] for name in list(record["files"])[:1]}),
+        lambda record: record["made"].append("aiserver.py"),
+        lambda record: record.update(site_packages="/tmp", made=["/tmp/outside"], files={}, folders=[]),
+        lambda record: record.update(site_packages="/tmp", made=[], files={}, folders=["/tmp/outside"]),
+        lambda record: record.update(
+            site_packages="/tmp", made=[], folders=[], files={"/tmp/outside": [hashlib.sha256(b"").hexdigest()]}
+        ),
     ],
 )
 def test_a_damaged_record_is_named_and_nothing_is_removed_by_it(host, change):

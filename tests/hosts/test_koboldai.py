@@ -454,7 +454,7 @@ def test_undo_leaves_globals_handlers_and_model_as_they_were(in_process):
 @pytest.fixture
 def attached(in_process):
     attachment = koboldai.attach(in_process)
-    in_process.session = attachment.session
+    in_process.session, in_process.attachment = attachment.session, attachment
     yield in_process
     attachment.undo()
 
@@ -599,6 +599,43 @@ def test_a_request_that_fails_leaves_everything_as_it_was(attached, texts):
     assert (attached["vars"].spfilename, attached["vars"].sp_length) == ("space.zip", 6)
     attached.meanwhile = lambda: None
     assert attached["calcsubmit"](PROMPT) == texts["space.zip"], "the host's own error is no reason to leave it"
+
+
+def test_generations_that_end_in_another_order_than_they_began_leave_nothing_behind(attached, texts):
+    attached["spRequest"]("space.zip")
+    first = attached.attachment._generation(attached.session.softprompts)
+    second = attached.attachment._generation(())
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert attached["vars"].sp_length == 0
+    second.__exit__(None, None, None)
+    attached["spRequest"]("noir.zip")
+    assert attached["vars"].sp_length == 4 and attached["calcsubmit"](PROMPT) == texts["noir.zip"]
+
+
+def test_a_generation_that_waits_while_the_host_is_left_gives_the_model_no_soft_tokens(attached):
+    model = tiny_model("gptj")
+    attached["load_model"](model)
+    ids = tiny_tokenizer()(PROMPT, return_tensors="pt")["input_ids"]
+    generate = attached["_generate"]
+    generation = threading.Thread(target=generate, args=(ids,))
+    with attached.session.engine.lock:
+        generation.start()
+        generation.join(0.2)
+        attached.attachment.undo()
+    generation.join(20)
+    assert not generation.is_alive() and "_kobold_sp_soft_tokens" not in vars(model)
+    assert not [name for name in vars(model) if name in ("generate", "prepare_inputs_for_generation")]
+
+
+@pytest.mark.parametrize("name", [None, 5, ["noir.zip"]])
+def test_a_setting_that_is_no_file_name_is_refused(attached, name):
+    attached["load_model"](tiny_model("gptj"))
+    with pytest.raises(ValidationError, match="not a file name"):
+        attached["spRequest"](name)
+    attached["spRequest"]("noir.zip")
+    assert attached.session.selection == ("noir.zip",)
 
 
 def test_a_request_that_the_host_will_refuse_changes_nothing_for_the_one_under_way(attached, texts):

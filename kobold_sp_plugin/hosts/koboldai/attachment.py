@@ -102,8 +102,8 @@ class Attachment:
         self._loading: Optional[contextlib.ExitStack] = None
         """While the host loads: locks that are held until it is done, so that nothing is measured meanwhile."""
         self._has_left = False
-        self._in_use: Optional[Tuple[SoftPrompt, ...]] = None
-        """What the generation under way reads, whatever is selected meanwhile."""
+        self._fixed: Tuple[List[Tuple[SoftPrompt, ...]], ...] = ()
+        """What each generation under way has fixed, in a list of its own; the first one's stands."""
         self._undo = contextlib.ExitStack()
         self.session = Session(softprompts_folder())
         self._undo.callback(self.session.close)
@@ -193,25 +193,33 @@ class Attachment:
     def _generation(self, softprompts: Sequence[SoftPrompt]) -> Iterator[None]:
         """Fix what the host's next generation reads, and the length that its budget counts, for the ``with`` block.
 
-        Inside another, what that one has fixed stays.
+        Inside another, what that one has fixed stays. Green threads may leave in another order than they came.
         """
-        before = self._in_use
-        self._in_use = tuple(softprompts) if before is None else before
+        mine = [tuple(softprompts)]
+        self._fixed = (*self._fixed, mine)
         self._show_length()
         try:
             yield
         finally:
-            self._in_use = before
+            self._fixed = tuple(each for each in self._fixed if each is not mine)
             self._show_length()
+
+    @property
+    def _in_use(self) -> Tuple[SoftPrompt, ...]:
+        """What the generation under way reads, whatever is selected meanwhile; what is selected where none is."""
+        fixed = self._fixed
+        return fixed[0][0] if fixed else self.session.softprompts
 
     def _run_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around what runs the model, in the thread that does: with the soft prompts fixed before, in its turn."""
         engine = self._engine
         if engine is None:
             return original(*args, **kwargs)
-        softprompts = self.session.softprompts if self._in_use is None else self._in_use
+        softprompts = self._in_use
         has_turn = engine.lock.acquire(timeout=_LONGEST_WAIT_SECONDS)
         try:
+            if self._has_left:  # while this waited: the model is the host's again
+                return original(*args, **kwargs)
             with engine.override(softprompts):
                 return original(*args, **kwargs)
         finally:
@@ -221,8 +229,7 @@ class Attachment:
     @property
     def _n_tokens(self) -> int:
         """The soft tokens that the host's budget has to count."""
-        softprompts = self.session.softprompts if self._in_use is None else self._in_use
-        return sum(softprompt.n_tokens for softprompt in softprompts)
+        return sum(softprompt.n_tokens for softprompt in self._in_use)
 
     def _emit(self, event: str, payload: Any, to: Optional[str]) -> None:
         """Emit to a client, to one of KoboldAI's rooms, or to everyone."""

@@ -112,13 +112,15 @@ class Client(Attachment):
 
     def undo(self) -> None:
         """Leave the host: every seam is its own again, and so is the model, which gets the host's own patch."""
-        from ...soft_tokens import attach as attach_soft_tokens
+        from ...soft_tokens import attached
 
         is_ours = self._serves
         super().undo()
         model, self._model = self._model(), lambda: None
         if model is not None:
-            attach_soft_tokens(model).detach()
+            handle = attached(model)
+            if handle is not None:
+                handle.detach()
             self._host["generator"] = model.generate
             self._host["patch_causallm"](model)
         if is_ours:
@@ -181,7 +183,7 @@ class Client(Attachment):
         if not self._serves:
             return original(filename)
         try:
-            self.session.select(filename.strip())
+            self.session.select([filename.strip() if isinstance(filename, str) else filename])
         except SoftPromptError as error:
             if self._loading is None:
                 raise self._host["ValidationError"](str(error)) from error
