@@ -8,7 +8,7 @@ import threading
 import weakref
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Callable, Dict, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 from ...errors import ContextExceeded, HostError, SelectionError, SoftPromptError
 from ...patching import patch, when_imported
@@ -35,8 +35,10 @@ class Attachment:
         self._extensions: Any = importlib.import_module("modules.extensions")
         data = getattr(self.shared, "user_data_dir", None) or ("user_data" if os.path.isdir("user_data") else "")
         self.folder = Path(data).absolute() / "softprompts"
-        self.notice = ""
-        """What a user has to know beside the session's own notice."""
+        self.failure = ""
+        """Why the last generation failed, where soft prompts are the reason."""
+        self._recalled = ""
+        """Why what was chosen last cannot be chosen again."""
         self.revision = 0
         """Grows with every change of what the block shows."""
         self._syncing = threading.RLock()
@@ -46,7 +48,11 @@ class Attachment:
         """The last model's: held while it generates or is measured."""
         self.adapters = Adapters(self)
         self._undo = contextlib.ExitStack()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._left = False
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise HostError(f"the folder {self.folder} cannot be made: {error.strerror or error}") from error
         self._remembered = selection_file.read(self._selection_file)
         self.session = Session(self.folder)
         self._undo.callback(self.session.close)
@@ -62,13 +68,14 @@ class Attachment:
     def undo(self) -> None:
         """Leave the host: every function is its own again, and so is the model."""
         with self._syncing:
+            self._left = True  # a page that is still open, and a request under way, go on asking
             self._undo.close()
             self._release()
 
     @property
     def enabled(self) -> bool:
         """Whether the extension is still among those that the host runs: a restart of its interface may end that."""
-        return any(
+        return not self._left and any(
             getattr(each, "state_modifier", None) == self._state_modifier for each, _ in self._extensions.iterator()
         )
 
@@ -77,6 +84,8 @@ class Attachment:
     def sync(self) -> None:
         """Take notice of the model that the host has now; cheap where it is the one known."""
         with self._syncing:
+            if self._left:
+                return
             model = self.shared.model
             if model is self._seen() and (model is not None or self._seen is _nothing):
                 return
@@ -108,12 +117,12 @@ class Attachment:
 
     def _recall(self) -> None:
         """Select again what was chosen last, where a model took it off or there was none."""
-        self.notice = ""
+        self._recalled = self.failure = ""
         if self._remembered and not self.session.selection and self.session.takes_softprompts:
             try:
                 self.session.select(self._remembered)
             except SoftPromptError as error:
-                self.notice = f"What was chosen last cannot be used now: {error}"
+                self._recalled = f"What was chosen last cannot be used now: {error}"
                 self.changed()
 
     def _load(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -129,12 +138,24 @@ class Attachment:
 
     def select(self, filenames: Sequence[str]) -> None:
         """Select these files, in order, and remember them; none clears. Raises what ``Session.select`` raises."""
-        self.sync()
-        self.session.select(list(filenames))
-        self._remembered = list(filenames)
-        self.notice = ""
-        self.changed()
-        selection_file.write(self._selection_file, self._remembered)
+        with self._syncing:  # what is remembered is what is selected, whoever else chooses at this moment
+            self.sync()
+            self.session.select(list(filenames))
+            self._remembered = list(filenames)
+            self._recalled = self.failure = ""
+            self.changed()
+            selection_file.write(self._selection_file, self._remembered)
+
+    @property
+    def notices(self) -> List[str]:
+        """What a user has to know; of a choice that a model took off, once."""
+        return [each for each in (self.session.status()["notice"] or self._recalled, self.failure) if each]
+
+    def generated(self, failure: str = "") -> None:
+        """Take notice that a generation has ended, and why it failed if soft prompts are the reason."""
+        if failure != self.failure:
+            self.failure = failure
+            self.changed()
 
     @property
     def _selection_file(self) -> Path:
@@ -181,8 +202,14 @@ class Attachment:
     def carrying(self, state: Dict[str, Any]) -> Dict[str, Any]:
         """``state`` itself where the model takes no soft prompts, else a copy with its soft prompts and their room."""
         self.sync()
+        if self._left:
+            return state
         model = self.model
-        return state if model is None else carry(state, self.chosen(state).softprompts, model.engine.context)
+        if model is not None:
+            return carry(state, self.chosen(state).softprompts, model.engine.context)
+        if self.session.engine is None and self.session.selection:
+            return carry(state, self.chosen(state).softprompts, None)  # idle: the host loads the model again
+        return state
 
     def carried(self, kwargs: Dict[str, Any]) -> Chosen:
         """The soft prompts of a call of ``generate``; the host's list in ``kwargs`` becomes a copy of its own."""

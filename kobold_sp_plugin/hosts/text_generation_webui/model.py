@@ -42,6 +42,8 @@ class HookedModel:
         from ...soft_tokens import attach
 
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if not callable(getattr(base, "generate", None)):
+            raise UnsupportedModel(f"{kind} cannot generate{_INSTEAD}")
         self.engine = TransformersEngine(model, tokenizer, name)
         self._attachment = attachment
         self._base = weakref.ref(base)
@@ -50,6 +52,7 @@ class HookedModel:
 
     def undo(self) -> None:
         """Leave the model as it was."""
+        self.engine.close()
         for each in reversed(self._patches):
             each.undo()
         self._handle.detach()
@@ -59,10 +62,11 @@ class HookedModel:
         has_turn = self.engine.lock.acquire(timeout=LONGEST_WAIT_SECONDS)
         try:
             with self._handle.override(chosen.softprompts):
-                return original(*args, **kwargs)
+                result = original(*args, **kwargs)
+            self._attachment.generated()
+            return result
         except SoftPromptError as error:
-            self._attachment.notice = f"The last generation failed: {error}"
-            self._attachment.changed()
+            self._attachment.generated(f"The last generation failed: {error}")
             raise
         finally:
             if has_turn:

@@ -31,6 +31,13 @@ class Seam(NamedTuple):
 
 
 SEAMS: Tuple[Seam, ...] = (
+    Seam(
+        "modules.text_generation",
+        "generate_reply_HF",
+        "generation",
+        (),
+        "The model may be another by now than when the state was made.",
+    ),
     Seam("modules.chat", "generate_reply", "reply", (), "Impersonation goes past the state hook: reserves there too."),
     Seam(
         "modules.chat",
@@ -96,6 +103,10 @@ class Adapters:
         if self._attachment.enabled and not is_carrying(state):
             state = self._attachment.carrying(state)
         return original(question, state, *args, **kwargs)
+
+    def generation(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._attachment.sync()
+        return original(*args, **kwargs)
 
     # Probabilities
 

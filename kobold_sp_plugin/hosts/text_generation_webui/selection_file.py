@@ -15,10 +15,12 @@ def read(path: Path) -> List[str]:
     try:
         with open(path, "rb") as file:
             known = json.loads(file.read(_MOST_BYTES))["selection"]
+        if not isinstance(known, list):
+            raise TypeError("its selection is no list")
         return [name for name in known if isinstance(name, str)]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         log().warning("The soft prompts that were chosen last are not known: %s cannot be read (%s)", path, error)
         return []
 
