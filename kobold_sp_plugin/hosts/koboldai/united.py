@@ -171,7 +171,11 @@ class United(Attachment):
         saved = self._system["spfilename"]
         self._remembered: Tuple[str, ...] = (saved,) if isinstance(saved, str) and saved.strip() else ()
         """What the user chose last, whether or not the model in use can take it."""
-        self._script = f"<script>\n{_SCRIPT.read_text(encoding='utf-8')}</script>\n"
+        # The page's own scripts are deferred, jQuery too: ours waits for them.
+        script = (
+            f'document.addEventListener("DOMContentLoaded", function () {{\n{_SCRIPT.read_text(encoding="utf-8")}}});'
+        )
+        self._script = f"<script>\n{script}\n</script>\n"
         missing = [
             f"the backend {name!r} has no {seam.name}"
             for name, backend in host["model_backends"].items()
