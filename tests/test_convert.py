@@ -107,6 +107,15 @@ def test_a_model_of_another_width(tmp_path, noir):
     assert run(noir, tmp_path / "a", "--to", "peft", "--model", tmp_path / "none").exit_code == 2
 
 
+def test_a_forged_configuration_is_not_built(tmp_path, noir):
+    pytest.importorskip("transformers", "4.38")  # earlier ones are not asked to build anything
+    config = tiny_model("gpt2").config
+    config.n_layer = 100_000
+    config.save_pretrained(tmp_path / "model")
+    result = run(noir, tmp_path / "a", "--to", "peft", "--model", tmp_path / "model")
+    assert result.exit_code == 2 and "100000 layers" in result.output
+
+
 def test_nothing_is_replaced_unless_told(tmp_path, noir):
     out = tmp_path / "out.json"
     out.write_text("mine")

@@ -47,7 +47,9 @@ def embedding(folder: Path, width: Optional[int], vocabulary: Optional[int] = No
     Of several, the one with ``vocabulary`` rows, else the longest. Raises :class:`NoEmbedding`, whose text says
     what is there instead, or :class:`OSError`.
     """
-    files = sorted(folder.glob("*.safetensors"))[:_MAX_FILES]
+    files = sorted(each for each in folder.glob("*.safetensors") if each.is_file())[
+        :_MAX_FILES
+    ]  # no pipe, which would hang
     if not files:
         others = any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.gguf"))
         raise NoEmbedding("its weights are not in safetensors files" if others else "there are no weights beside it")

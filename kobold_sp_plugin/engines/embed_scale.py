@@ -12,6 +12,7 @@ from ..errors import ModelError, WidthMismatch
 
 _FIRST_THAT_SCALE_INSIDE = (4, 38)
 """Releases of transformers before it multiply outside the embedding module, if they do."""
+_MOST_LAYERS = 1000
 
 
 def embed_scale(path: Union[str, Path], width: int) -> float:
@@ -36,6 +37,9 @@ def _read(path: Union[str, Path], config: object) -> Tuple[float, object]:
         return 1.0, width_of(config)
     if int(torch.__version__.split(".")[0]) < 2:
         raise ModelError(f"whether {path} scales its embeddings can be told with torch 2.0 or later")
+    layers = max(getattr(part, "num_hidden_layers", None) or 0 for part in (config, getattr(config, "text_config", 0)))
+    if layers > _MOST_LAYERS:
+        raise ModelError(f"{path} asks for {layers} layers; no model has more than {_MOST_LAYERS}")
     try:
         with torch.device("meta"):
             embedding = AutoModelForCausalLM.from_config(config).get_input_embeddings()

@@ -174,19 +174,38 @@ def read_rows(read: Callable[[int], bytes], header: TensorHeader, label: str) ->
     Takes 4 bytes a value and one piece of 256 KiB. Raises :class:`TruncatedTensor`.
     """
     rows = np.empty((header.n_tokens, header.width), dtype=np.float32)
-    values = rows.T.flat if header.fortran_order else rows.reshape(-1)
-    fill(values, rows.size, read, header.dtype, header.stored, label)
+    if header.fortran_order:
+        fill(_Columns(rows), rows.size, read, header.dtype, header.stored, label, header.n_tokens)
+    else:
+        fill(rows.reshape(-1), rows.size, read, header.dtype, header.stored, label)
     return rows
 
 
+class _Columns:
+    """``rows`` as one run of values, column after column; a part has to be of whole columns."""
+
+    def __init__(self, rows: np.ndarray):
+        self._columns = rows.T
+
+    def __setitem__(self, part: slice, values: np.ndarray) -> None:
+        length = self._columns.shape[1]
+        self._columns[part.start // length : part.stop // length] = values.reshape(-1, length)
+
+
 def fill(
-    values: Any, count: int, read: Callable[[int], bytes], dtype: str, stored: "np.dtype[Any]", label: str
+    values: Any,
+    count: int,
+    read: Callable[[int], bytes],
+    dtype: str,
+    stored: "np.dtype[Any]",
+    label: str,
+    together: int = 1,
 ) -> None:
     """Change ``values[:count]`` (float32) to what ``read`` gives in the dtype ``stored``, piece by piece.
 
-    Raises :class:`TruncatedTensor`.
+    A piece holds a multiple of ``together`` values. Raises :class:`TruncatedTensor`.
     """
-    step = CHUNK // stored.itemsize
+    step = max(1, CHUNK // stored.itemsize // together) * together
     for start in range(0, count, step):
         wanted = min(step, count - start)
         piece = read(wanted * stored.itemsize)
