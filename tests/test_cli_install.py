@@ -80,6 +80,27 @@ def test_a_changed_and_a_missing_file_are_named(host):
     )
 
 
+def test_a_package_without_a_record_is_named(host):
+    run("install", host)
+    (host / "kobold_sp_plugin.json").unlink()
+    found = run("status", host)
+    assert found.exit_code == 1
+    assert f"nothing for this folder, but its Python has kobold_sp_plugin {__version__}" in found.output
+    assert json.loads(run("status", host, "--json").output)["environment"]["kobold_sp_plugin"] == __version__
+
+
+def test_an_environment_that_is_gone_is_named(host, tmp_path):
+    environment = (host / "runtime").rename(tmp_path / "runtime") / "envs" / "koboldai"
+    run("install", host, "--python", environment / "bin" / "python")
+    (tmp_path / "runtime").rename(tmp_path / "moved")
+    lines = run("status", host).output.splitlines()
+    assert len([line for line in lines if "missing:" in line]) == 6 and "more; --json names them all" in str(lines)
+    removed = run("uninstall", host)
+    assert removed.exit_code == 0 and f"is no longer at {environment}" in removed.output
+    assert "python -m pip uninstall kobold_sp_plugin" in removed.output
+    assert run("uninstall", host).exit_code == 1
+
+
 def test_what_cannot_be_done_is_wrong_use(host, tmp_path):
     for command in ("install", "status"):
         failed = run(command, tmp_path)

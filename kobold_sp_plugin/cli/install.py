@@ -11,6 +11,8 @@ import click
 
 from .common import WrongUse, line
 
+_MOST_NAMED = 5
+
 _python = click.option(
     "--python",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -76,6 +78,11 @@ def uninstall(folder: Path) -> None:
         raise WrongUse(line(str(error))) from error
     if done is None:
         raise click.ClickException(f"Nothing is installed in {line(str(folder))}.")
+    if not done.record.site_packages.is_dir():
+        click.echo(
+            f"Its Python environment is no longer at {line(str(done.record.site_packages))}, so nothing was removed "
+            "there. If it has moved, run in it: python -m pip uninstall kobold_sp_plugin"
+        )
     for path in done.changed:
         click.echo(f"Kept, since it was changed after it was installed: {line(str(path))}")
     if done.blocked:
@@ -170,6 +177,7 @@ def _as_json(found: Any) -> Dict[str, Any]:
             "version": environment.version,
             "site_packages": str(environment.site_packages),
             "packages": environment.packages,
+            "kobold_sp_plugin": environment.ours and environment.ours[0],
         },
         "installed": record
         and {
@@ -201,15 +209,20 @@ def _print(about: Dict[str, Any]) -> None:
         click.echo(f"  its Python: {environment['version']}, {line(environment['python'])}")
         packages = (f"{name} {version or '(missing)'}" for name, version in environment["packages"].items())
         click.echo(f"  with: {', '.join(packages)}")
-    if installed is None:
+    if installed is None and environment and environment["kobold_sp_plugin"] is not None:
+        release = line(environment["kobold_sp_plugin"]) or "(damaged)"
+        click.echo(f"  installed: nothing for this folder, but its Python has kobold_sp_plugin {release}")
+    elif installed is None:
         click.echo("  installed: nothing")
     elif not installed["complete"]:
         click.echo("  installed: in part, since it was interrupted; install again, or uninstall")
     else:
         click.echo(f"  installed: kobold_sp_plugin {installed['version']}, {installed['files']} files")
         for kind in ("changed", "missing"):
-            for path in installed[kind]:
+            for path in installed[kind][:_MOST_NAMED]:
                 click.echo(f"  {kind}: {line(path)}")
+            if len(installed[kind]) > _MOST_NAMED:
+                click.echo(f"  {kind}: {len(installed[kind]) - _MOST_NAMED} more; --json names them all")
     if about["active"] is not None:
         click.echo(f"  active: {'yes, from the next start on' if about['active'] else 'no'}")
     elif installed:
