@@ -496,10 +496,10 @@ def open_page(browser):
             page.wait_for_function("document.querySelectorAll('#sp option').length > 0", timeout=60_000)
         else:
             page.wait_for_selector("#btn_softprompt:not(.hidden)", state="attached", timeout=60_000)
-            page.wait_for_timeout(1500)  # a second after the first page connects, the host puts a message over it
-            message = page.locator("#message-popup").get_by_text("Ok", exact=True)
-            if message.is_visible():
-                message.click()
+        page.wait_for_timeout(1500)  # a second after the first page connects, the host puts a message over it
+        message = page.locator("#message-popup").get_by_text("Ok", exact=True).first
+        if message.is_visible():
+            message.click()
         return page
 
     yield open_

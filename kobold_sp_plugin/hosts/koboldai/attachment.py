@@ -3,6 +3,7 @@
 import contextlib
 import html
 import inspect
+import io
 import logging
 from pathlib import Path
 from typing import (
@@ -23,7 +24,7 @@ from typing import (
 
 from ...compatibility import ModelFacts
 from ...errors import NoModel, SoftPromptError
-from ...menu import Menu
+from ...menu import Menu, described
 from ...patching import patch
 from ...session import Session
 from ...softprompt import SoftPrompt
@@ -36,6 +37,11 @@ log = logging.getLogger(__name__)
 _WAIT_SECONDS = 0.05
 _LONGEST_WAIT_SECONDS = 60.0
 """A generation does not wait longer for its turn: that is a courtesy, and no deadlock may come of it."""
+_COMMANDS = ("splistrequest", "spselect", "sprequest")
+"""What the old page's menu sends."""
+_FOLDER = "./softprompts/"
+"""What United puts before a name to have it checked."""
+_SCRIPT = Path(__file__).with_name("client.js")
 _ABSENT = object()
 _MISSING = {"event": "nothing handles the event {!r}", "view": "there is no view named {!r}"}
 
@@ -94,11 +100,19 @@ class Attachment:
     """
 
     SEAMS: ClassVar[Tuple[Seam, ...]]
+    VARIABLES: ClassVar[str]
+    """The global that holds the host's variables."""
 
     def __init__(self, host: Dict[str, Any]):
         self._host = host
+        self._variables = host[self.VARIABLES]
         self._socketio = host["socketio"]
-        self.answers: Tuple[Type[BaseException], ...] = (SoftPromptError,)
+        self.answers: Tuple[Type[BaseException], ...] = (SoftPromptError, host["ValidationError"])
+        # The page's own scripts are deferred in United: ours waits for them.
+        script = (
+            f'document.addEventListener("DOMContentLoaded", function () {{\n{_SCRIPT.read_text(encoding="utf-8")}}});'
+        )
+        self._script = f"<script>\n{script}\n</script>\n"
         self._loading: Optional[contextlib.ExitStack] = None
         """While the host loads: locks that are held until it is done, so that nothing is measured meanwhile."""
         self._has_left = False
@@ -135,6 +149,11 @@ class Attachment:
         return engine if engine is not None and not isinstance(engine, Elsewhere) else None  # type: ignore[return-value]
 
     def _hook(self) -> None:
+        events = events_of(self._host)
+        if "disconnect" not in events:  # the hosts have no handler of their own
+            events["disconnect"] = lambda *_: None
+            self._undo.callback(events.pop, "disconnect", None)
+        self._undo.callback(patch(events, "disconnect", self._disconnect).undo)
         for seam in self.SEAMS:
             if seam.adapter:
                 owner, name = _owner(self._host, seam)
@@ -230,6 +249,65 @@ class Attachment:
     def _n_tokens(self) -> int:
         """The soft tokens that the host's budget has to count."""
         return sum(softprompt.n_tokens for softprompt in self._in_use)
+
+    # Adapters of seams that both have
+
+    def _list(self, original: Callable[..., List[Dict[str, Any]]], model_dimension: int) -> List[Dict[str, Any]]:
+        if not self._serves:
+            return original(model_dimension)
+        self.session.refresh()
+        keys = ("filename", "name", "author", "supported", "n_tokens")
+        usable = [entry for entry in self.session.status()["entries"] if entry["usable"]]
+        return [{**{key: entry[key] for key in keys}, "description": described(entry)} for entry in usable]
+
+    def _check(self, original: Callable[..., Any], filename: str, model_dimension: int) -> Any:
+        if not self._serves:
+            return original(filename, model_dimension)
+        try:
+            softprompt = self.session.softprompt(filename[len(_FOLDER) :] if filename.startswith(_FOLDER) else filename)
+        except SoftPromptError as error:
+            raise self._host["ValidationError"](str(error)) from error
+        # As the host answers: an open file, the version of its tensor's header, shape, order and dtype.
+        return io.BytesIO(), (1, 0), softprompt.rows.shape, False, softprompt.rows.dtype
+
+    def _submit(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._engine is None:
+            return original(*args, **kwargs)
+        with self._generation(self.session.softprompts):
+            return original(*args, **kwargs)
+
+    def _answer_request(self, original: Callable[..., Any], body: Any) -> Any:
+        filename = getattr(body, "soft_prompt", None)
+        if self._engine is None or self._variables.aibusy or self._variables.genseqs:  # then it is refused
+            return original(body)
+        softprompts = self.session.softprompts
+        if filename is not None:
+            try:
+                softprompts = (self.session.softprompt(filename.strip()),) if filename.strip() else ()
+            except SoftPromptError as error:
+                raise self._host["ValidationError"]({"soft_prompt": [str(error)]}) from error
+            body.soft_prompt = None  # the host would select it, and select the user's again at the end
+        with self._generation(softprompts):
+            return original(body)
+
+    def _host_emit(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        payload = args[1] if len(args) > 1 else None
+        if isinstance(payload, dict) and payload.get("cmd") == "spstatitems" and self._serves:
+            args = (args[0], {**payload, "data": self.menu.status_line()}, *args[2:])
+        return original(*args, **kwargs)
+
+    def _disconnect(self, original: Callable[..., Any], client: str, *args: Any) -> Any:
+        self.menu.disconnected(client)
+        return original(client, *args)
+
+    def _page(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        page = original(*args, **kwargs)
+        return page.replace("</body>", f"{self._script}</body>", 1) if isinstance(page, str) else page
+
+    def _is_ours(self, args: Tuple[Any, ...]) -> bool:
+        """Whether an old page's message is one of the menu's commands, and for us."""
+        payload = args[0] if args else None
+        return isinstance(payload, dict) and payload.get("cmd") in _COMMANDS and self._serves
 
     def _emit(self, event: str, payload: Any, to: Optional[str]) -> None:
         """Emit to a client, to one of KoboldAI's rooms, or to everyone."""

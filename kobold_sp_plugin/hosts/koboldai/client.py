@@ -1,16 +1,13 @@
 """KoboldAI's Client: what is hooked there, as data, and what our side of each seam does."""
 
 import contextlib
-import io
 import logging
 import weakref
-from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple
 
 from ...errors import SoftPromptError
-from ...menu import OLD_UI, UI2, described
-from ...patching import patch
-from .attachment import Attachment, Elsewhere, Seam, events_of, shown
+from ...menu import OLD_UI, UI2
+from .attachment import Attachment, Elsewhere, Seam, shown
 
 log = logging.getLogger(__name__)
 
@@ -94,21 +91,16 @@ REFUSALS = {
 TPU = ("TPUMeshTransformerGPTJ", "TPUMeshTransformerGPTNeoX")
 """Backends that the host gives soft prompts by itself, with code of its own that stays as it is."""
 
-_COMMANDS = ("splistrequest", "spselect", "sprequest")
-_SCRIPT = Path(__file__).with_name("client.js")
-
 
 class Client(Attachment):
     """The Client, attached."""
 
     SEAMS = CLIENT
+    VARIABLES = "vars"
 
     def __init__(self, host: Dict[str, Any]):
-        self._variables = host["vars"]
         self._model: Callable[[], Any] = lambda: None
-        self._script = f"<script>\n{_SCRIPT.read_text(encoding='utf-8')}</script>\n"
         super().__init__(host)
-        self.answers += (host["ValidationError"],)
 
     def undo(self) -> None:
         """Leave the host: every seam is its own again, and so is the model, which gets the host's own patch."""
@@ -125,14 +117,6 @@ class Client(Attachment):
             self._host["patch_causallm"](model)
         if is_ours:
             self._show_none()
-
-    def _hook(self) -> None:
-        events = events_of(self._host)
-        if "disconnect" not in events:  # the Client has no handler of its own
-            events["disconnect"] = lambda *_: None
-            self._undo.callback(events.pop, "disconnect", None)
-        self._undo.callback(patch(events, "disconnect", self._disconnect).undo)
-        super()._hook()
 
     # The loader
 
@@ -194,46 +178,6 @@ class Client(Attachment):
         self._host["settingschanged"]()
         return None
 
-    def _list(self, original: Callable[..., List[Dict[str, Any]]], model_dimension: int) -> List[Dict[str, Any]]:
-        if not self._serves:
-            return original(model_dimension)
-        self.session.refresh()
-        keys = ("filename", "name", "author", "supported", "n_tokens")
-        usable = [entry for entry in self.session.status()["entries"] if entry["usable"]]
-        return [{**{key: entry[key] for key in keys}, "description": described(entry)} for entry in usable]
-
-    def _check(self, original: Callable[..., Any], filename: str, model_dimension: int) -> Any:
-        if not self._serves:
-            return original(filename, model_dimension)
-        try:
-            softprompt = self.session.softprompt(filename)
-        except SoftPromptError as error:
-            raise self._host["ValidationError"](str(error)) from error
-        # As the host answers: an open file, the version of its tensor's header, shape, order and dtype.
-        return io.BytesIO(), (1, 0), softprompt.rows.shape, False, softprompt.rows.dtype
-
-    # Generations
-
-    def _submit(self, original: Callable[..., Any], txt: str) -> Any:
-        if self._engine is None:
-            return original(txt)
-        with self._generation(self.session.softprompts):
-            return original(txt)
-
-    def _answer_request(self, original: Callable[..., Any], body: Any) -> Any:
-        filename = getattr(body, "soft_prompt", None)
-        if self._engine is None or self._variables.aibusy or self._variables.genseqs:  # then it is refused
-            return original(body)
-        softprompts = self.session.softprompts
-        if filename is not None:
-            try:
-                softprompts = (self.session.softprompt(filename.strip()),) if filename.strip() else ()
-            except SoftPromptError as error:
-                raise self._host["ValidationError"]({"soft_prompt": [str(error)]}) from error
-            body.soft_prompt = None  # the host would select it, and select the user's again at the end
-        with self._generation(softprompts):
-            return original(body)
-
     # The host's variables
 
     def _show(self, status: Dict[str, Any]) -> None:
@@ -262,33 +206,17 @@ class Client(Attachment):
         if to != UI2:
             super()._emit(event, payload, None if to == OLD_UI else to)
 
-    def _host_emit(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        payload = args[1] if len(args) > 1 else None
-        if isinstance(payload, dict) and payload.get("cmd") == "spstatitems" and self._serves:
-            args = (args[0], {**payload, "data": self.menu.status_line()}, *args[2:])
-        return original(*args, **kwargs)
-
     def _connect(self, original: Callable[..., Any], client: str, *args: Any) -> Any:
         answer = original(client, *args)
         if answer is not False and self._serves:
             self.menu.connected(client, (OLD_UI,))
         return answer
 
-    def _disconnect(self, original: Callable[..., Any], client: str, *args: Any) -> Any:
-        self.menu.disconnected(client)
-        return original(client, *args)
-
     def _message(self, original: Callable[..., Any], client: str, *args: Any) -> Any:
-        payload = args[0] if args else None
-        command = payload.get("cmd") if isinstance(payload, dict) else None
-        if command not in _COMMANDS or not self._serves:
+        if not self._is_ours(args):
             return original(client, *args)
         before = self._variables.spfilename
-        self.menu.message(client, payload)
+        self.menu.message(client, args[0])
         if self._variables.spfilename != before:
             self._host["settingschanged"]()
         return None
-
-    def _page(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        page = original(*args, **kwargs)
-        return page.replace("</body>", f"{self._script}</body>", 1) if isinstance(page, str) else page

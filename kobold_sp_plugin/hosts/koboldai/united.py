@@ -6,17 +6,16 @@ sound, and sent by the menu's relay alone, as in every host.
 
 import contextlib
 import html
-import io
 import logging
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple
 from urllib.parse import parse_qs
 
 from ...errors import HostError, SoftPromptError
-from ...menu import OLD_UI, UI2, described
+from ...menu import OLD_UI, UI2
 from ...patching import patch
-from .attachment import Attachment, Elsewhere, Seam, events_of, shown
+from .attachment import Attachment, Elsewhere, Seam, shown
 
 log = logging.getLogger(__name__)
 
@@ -151,31 +150,23 @@ REFUSALS = {
 }
 """Why a backend takes no soft prompts, by its name."""
 
-_COMMANDS = ("splistrequest", "spselect", "sprequest")
 _OPTIONAL = ("patch_embedding",)
 _PAGES = {"1": (OLD_UI,), "2": (UI2,)}
-_FOLDER = "./softprompts/"
-_SCRIPT = Path(__file__).with_name("client.js")
 
 
 class United(Attachment):
     """United, attached."""
 
     SEAMS = UNITED
+    VARIABLES = "koboldai_vars"
 
     def __init__(self, host: Dict[str, Any]):
-        self._variables = host["koboldai_vars"]
-        self._system = vars(self._variables._system_settings)
+        self._system = vars(host[self.VARIABLES]._system_settings)
         self._hosts_own = False
         """Whether the backend is a TPU's, which the host gives soft prompts with code of its own."""
         saved = self._system["spfilename"]
         self._remembered: Tuple[str, ...] = (saved,) if isinstance(saved, str) and saved.strip() else ()
         """What the user chose last, whether or not the model in use can take it."""
-        # The page's own scripts are deferred, jQuery too: ours waits for them.
-        script = (
-            f'document.addEventListener("DOMContentLoaded", function () {{\n{_SCRIPT.read_text(encoding="utf-8")}}});'
-        )
-        self._script = f"<script>\n{script}\n</script>\n"
         missing = [
             f"the backend {name!r} has no {seam.name}"
             for name, backend in host["model_backends"].items()
@@ -185,7 +176,6 @@ class United(Attachment):
         if missing or not host["model_backends"]:
             raise HostError(f"this is not a KoboldAI that the hook knows: {'; '.join(missing) or 'no backends'}")
         super().__init__(host)
-        self.answers += (host["ValidationError"],)
         self._show_none()
         self._system["allowsp"] = False
 
@@ -207,11 +197,6 @@ class United(Attachment):
                 backend.patch_embedding()
 
     def _hook(self) -> None:
-        events = events_of(self._host)
-        if "disconnect" not in events:  # United has no handler of its own
-            events["disconnect"] = lambda *_: None
-            self._undo.callback(events.pop, "disconnect", None)
-        self._undo.callback(patch(events, "disconnect", self._disconnect).undo)
         for backend in self._host["model_backends"].values():
             for seam in BACKEND:
                 if hasattr(backend, seam.name):
@@ -220,7 +205,7 @@ class United(Attachment):
 
     @property
     def _serves(self) -> bool:
-        return not self._hosts_own
+        return not self._has_left and not self._hosts_own
 
     # The loader
 
@@ -247,6 +232,8 @@ class United(Attachment):
 
     def _loaded(self, backend_name: str, refusal: str) -> None:
         """Take in what the host has loaded; where nothing is selected, select what the user chose last."""
+        if self._has_left:
+            return
         backend: Any = self._host.get("model")
         self._hosts_own = not refusal and bool(backend.capabilties.uses_tpu)
         if self._hosts_own:
@@ -310,24 +297,6 @@ class United(Attachment):
         vars(saved).update(vars(settings), spfilename=self._remembered[0] if self._remembered else "")
         return original(saved)
 
-    def _list(self, original: Callable[..., List[Dict[str, Any]]], model_dimension: int) -> List[Dict[str, Any]]:
-        if not self._serves:
-            return original(model_dimension)
-        self.session.refresh()
-        keys = ("filename", "name", "author", "supported", "n_tokens")
-        usable = [entry for entry in self.session.status()["entries"] if entry["usable"]]
-        return [{**{key: entry[key] for key in keys}, "description": described(entry)} for entry in usable]
-
-    def _check(self, original: Callable[..., Any], filename: str, model_dimension: int) -> Any:
-        if not self._serves:
-            return original(filename, model_dimension)
-        try:
-            softprompt = self.session.softprompt(filename[len(_FOLDER) :] if filename.startswith(_FOLDER) else filename)
-        except SoftPromptError as error:
-            raise self._host["ValidationError"](str(error)) from error
-        # As the host answers: an open file, the version of its tensor's header, shape, order and dtype.
-        return io.BytesIO(), (1, 0), softprompt.rows.shape, False, softprompt.rows.dtype
-
     def _is_usable(self, original: Callable[[str], bool], file: str) -> bool:
         if not self._serves:
             return original(file)
@@ -347,24 +316,6 @@ class United(Attachment):
         return next((each for each in self.session.status()["entries"] if each["filename"] == Path(path).name), None)
 
     # Generations
-
-    def _submit(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with self._generation(self.session.softprompts):
-            return original(*args, **kwargs)
-
-    def _answer_request(self, original: Callable[..., Any], body: Any) -> Any:
-        filename = getattr(body, "soft_prompt", None)
-        if self._engine is None or self._variables.aibusy or self._variables.genseqs:  # then it is refused
-            return original(body)
-        softprompts = self.session.softprompts
-        if filename is not None:
-            try:
-                softprompts = (self.session.softprompt(filename.strip()),) if filename.strip() else ()
-            except SoftPromptError as error:
-                raise self._host["ValidationError"]({"soft_prompt": [str(error)]}) from error
-            body.soft_prompt = None  # the host would select it, and select the user's again at the end
-        with self._generation(softprompts):
-            return original(body)
 
     def _generate_aside(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         engine = self._engine
@@ -414,12 +365,6 @@ class United(Attachment):
         if is_length and not self._variables.aibusy and not self._host["koboldai_settings"].multi_story:
             self._variables.calc_ai_text()
 
-    def _host_emit(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        payload = args[1] if len(args) > 1 else None
-        if isinstance(payload, dict) and payload.get("cmd") == "spstatitems" and self._serves:
-            args = (args[0], {**payload, "data": self.menu.status_line()}, *args[2:])
-        return original(*args, **kwargs)
-
     def _connect(self, original: Callable[..., Any], client: str, environ: Any, *args: Any) -> Any:
         answer = original(client, environ, *args)
         query = parse_qs(environ.get("QUERY_STRING", ""))
@@ -427,16 +372,10 @@ class United(Attachment):
             self.menu.connected(client, _PAGES.get(query.get("ui", [""])[0], ()))
         return answer
 
-    def _disconnect(self, original: Callable[..., Any], client: str, *args: Any) -> Any:
-        self.menu.disconnected(client)
-        return original(client, *args)
-
     def _message(self, original: Callable[..., Any], client: str, *args: Any) -> Any:
-        payload = args[0] if args else None
-        command = payload.get("cmd") if isinstance(payload, dict) else None
-        if command not in _COMMANDS or not self._serves:
+        if not self._is_ours(args):
             return original(client, *args)
-        return self._choose(self.menu.message, client, payload)
+        return self._choose(self.menu.message, client, args[0])
 
     def _load_softprompt(self, original: Callable[..., Any], client: str, *args: Any) -> Any:
         if not self._serves:
@@ -454,10 +393,6 @@ class United(Attachment):
         handler(*args)
         if self.session.selection != before:
             self._remember()
-
-    def _page(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        page = original(*args, **kwargs)
-        return page.replace("</body>", f"{self._script}</body>", 1) if isinstance(page, str) else page
 
 
 def _model_of(backend: Any) -> Any:
