@@ -34,7 +34,14 @@
     ├── SelectionError              a choice from the menu that cannot be carried out
     │   ├── NoModel                 nothing is loaded that could use a soft prompt
     │   └── UnknownSoftPrompt       no such file in the folder
-    └── HostError                   a host application that is not the one a hook knows
+    ├── HostError                   a host application that is not the one a hook knows
+    └── TrainingError               a training that cannot begin or go on
+        ├── BadSetting              a setting with a value that cannot be
+        ├── NoData                  nothing to learn from
+        ├── DataNotUnderstood       a file of data that is not in a form that is known
+        ├── NotEnoughMemory         no batch, not even of one text, fits
+        ├── CheckpointMismatch      a checkpoint of another training
+        └── Diverged                a loss that is no number any more
 """
 
 from typing import Optional
@@ -188,3 +195,31 @@ class UnknownSoftPrompt(SelectionError):
 
 class HostError(SoftPromptError):
     """A host application that is not the one a hook knows; nothing was changed."""
+
+
+class TrainingError(SoftPromptError):
+    """A training that cannot begin or go on; what was trained until then is kept."""
+
+
+class BadSetting(TrainingError):
+    """A setting with a value that cannot be."""
+
+
+class NoData(TrainingError):
+    """Nothing to learn from: no files, or none with text in them."""
+
+
+class DataNotUnderstood(TrainingError):
+    """A file of data that is not in a form that is known; the text names file and line."""
+
+
+class NotEnoughMemory(TrainingError):
+    """Not even a single text fits the memory."""
+
+
+class CheckpointMismatch(TrainingError):
+    """A checkpoint of a training on other data, another model or with other settings."""
+
+
+class Diverged(TrainingError):
+    """A loss that is no number any more."""

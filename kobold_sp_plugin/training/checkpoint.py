@@ -1,0 +1,71 @@
+"""Where a training stands, in one file without pickle: arrays in an ``.npz``, everything else in its JSON."""
+
+import json
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional
+
+import numpy as np
+import torch
+
+from ..errors import CheckpointMismatch
+from .files import write
+
+FILENAME = "checkpoint.npz"
+
+
+class Checkpoint(NamedTuple):
+    """After a step; the same checkpoint continues to the same rows."""
+
+    about: Dict[str, Any]
+    """What the training is of: settings, digest of the data, fingerprint of the model."""
+    step: int
+    parameter: np.ndarray
+    best: np.ndarray
+    best_loss: Optional[float]
+    looks_since_best: int
+    history: List[Dict[str, float]]
+    optimizer: Dict[str, Any]
+    """Of the one parameter: arrays and numbers by name."""
+
+
+def save(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write ``checkpoint`` to ``folder``, in one step."""
+    arrays = {"parameter": checkpoint.parameter, "best": checkpoint.best}
+    numbers = {}
+    for name, value in checkpoint.optimizer.items():
+        if isinstance(value, torch.Tensor):
+            arrays[f"optimizer.{name}"] = value.detach().cpu().numpy()
+        else:
+            numbers[name] = value
+    rest = checkpoint._asdict()
+    about = {key: rest[key] for key in ("about", "step", "best_loss", "looks_since_best", "history")}
+    text = json.dumps({**about, "optimizer": numbers})
+    arrays["json"] = np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
+    write(folder / FILENAME, lambda file: np.savez(file, **arrays))
+
+
+def load(folder: Path, about: Dict[str, Any]) -> Optional[Checkpoint]:
+    """The checkpoint in ``folder``, or None where there is none.
+
+    Raises :class:`CheckpointMismatch` where it is of another training than ``about`` describes, or is no checkpoint.
+    """
+    path = folder / FILENAME
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        rest = json.loads(arrays.pop("json").tobytes().decode("utf-8"))
+        names = [name for name in arrays if name.startswith("optimizer.")]
+        optimizer = {name[len("optimizer.") :]: torch.from_numpy(arrays.pop(name)) for name in names}
+        optimizer.update(rest.pop("optimizer"))
+        checkpoint = Checkpoint(**rest, **arrays, optimizer=optimizer)
+    except Exception as error:  # whatever a damaged file makes of NumPy, zipfile and JSON
+        raise CheckpointMismatch(f"{path} is damaged ({error}). Move it away to train from the beginning.") from error
+    differing = sorted(key for key in {*about, *checkpoint.about} if about.get(key) != checkpoint.about.get(key))
+    if differing:
+        raise CheckpointMismatch(
+            f"{path} is of another training: {', '.join(differing)} differ. Give back what it was trained with, or move "
+            "it away to train from the beginning."
+        )
+    return checkpoint

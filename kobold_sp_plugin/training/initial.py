@@ -1,0 +1,38 @@
+"""What the rows are before they learn."""
+
+from typing import Any, Optional
+
+import numpy as np
+
+from ..errors import WidthMismatch
+from ..softprompt import SoftPrompt
+from .dataset import Dataset
+from .settings import Settings
+from .trainable import matrix_rows
+
+
+def initial_rows(
+    model: Any, tokenizer: Any, settings: Settings, dataset: Dataset, start_from: Optional[SoftPrompt] = None
+) -> np.ndarray:
+    """float32 ``[settings.n_tokens, width]``, in the scale of the embedding matrix.
+
+    ``start_from`` wins over ``settings.initial``; it may have fewer or more rows. Raises :class:`WidthMismatch`.
+    """
+    embedding = model.get_input_embeddings()
+    rng = np.random.default_rng(settings.seed)
+    if start_from is not None:
+        rows = start_from.rows
+        width = matrix_rows(embedding, [0]).shape[1]
+        if rows.shape[1] != width:
+            raise WidthMismatch(f"the soft prompt to start from has {rows.shape[1]} columns, this model has {width}")
+        return np.resize(rows, (settings.n_tokens, width)).astype(np.float32)
+    if settings.initial == "vocabulary":
+        # The first ids are the most frequent of most vocabularies; rare rows hardly left their initialisation.
+        ids = rng.choice(min(5000, len(tokenizer)), settings.n_tokens)
+    elif settings.initial == "words" or settings.initial_text.strip():
+        ids = tokenizer(settings.initial_text, add_special_tokens=False)["input_ids"]
+    else:
+        pieces = [piece for piece in range(len(dataset)) if dataset.length(piece) > settings.n_tokens]
+        piece = int(rng.choice(pieces or range(len(dataset))))
+        ids = dataset.batch([piece]).ids[0, len(dataset.prefix) :]
+    return matrix_rows(embedding, np.resize(np.asarray(ids), settings.n_tokens))
