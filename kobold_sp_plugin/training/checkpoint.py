@@ -65,7 +65,7 @@ def load(folder: Path, about: Dict[str, Any]) -> Optional[Checkpoint]:
     differing = sorted(key for key in {*about, *checkpoint.about} if about.get(key) != checkpoint.about.get(key))
     if differing:
         raise CheckpointMismatch(
-            f"{path} is of another training: {', '.join(differing)} differ. Give back what it was trained with, or move "
-            "it away to train from the beginning."
+            f"{path} is of another training: {', '.join(differing)} differ. Give back what it was trained with, or "
+            "move it away to train from the beginning."
         )
     return checkpoint
