@@ -45,7 +45,7 @@ class Model:
         return self.embedding
 
 
-def make_folder(folder: Path, mark: Dict[str, Any]) -> None:
+def make_folder(folder: Path, mark: Dict[str, Any], files: int = FILES) -> None:
     """Write the zips; of each kind ten are made, and copied."""
     rng = np.random.RandomState(0)
     for index in range(20):
@@ -67,7 +67,7 @@ def make_folder(folder: Path, mark: Dict[str, Any]) -> None:
             with zipfile.ZipFile(original, "w", compression=zipfile.ZIP_LZMA) as archive:
                 archive.writestr("tensor.npy", stored)
                 archive.writestr("meta.json", json.dumps(metadata, indent=2), zipfile.ZIP_STORED)
-        for copy in range(index + 20, FILES, 20):
+        for copy in range(index + 20, files, 20):
             shutil.copyfile(original, folder / f"{copy}.zip")
 
 

@@ -19,7 +19,7 @@ from .softprompt import SoftPrompt
 
 _LOG = logging.getLogger(__name__)
 
-EXTENSIONS = (".zip", ".npy", ".json", ".mtjsp", ".safetensors", ".pt", ".bin", ".module")
+EXTENSIONS = formats.EXTENSIONS
 """Files that are listed even when they cannot be read: who put one here meant a soft prompt."""
 
 _UNFINISHED = (".tmp", ".part", ".partial", ".crdownload", ".download", "~")
@@ -79,7 +79,7 @@ class Catalogue:
     """The soft prompts in ``folder``, which may be missing and may change at any time. Thread-safe.
 
     Hidden and unfinished files are left out, and so is a file that is no soft prompt unless its extension
-    (:data:`EXTENSIONS`) says that it is meant as one. Of folders only those with ``tensor.npy`` are entries.
+    (:data:`EXTENSIONS`) says that it is meant as one. Of folders only those that a format knows are entries.
     """
 
     def __init__(self, folder: Union[str, Path]):
@@ -223,13 +223,13 @@ def _may_be_listed(filename: str) -> bool:
 
 
 def _stamp_of(path: str) -> Optional[Stamp]:
-    """How a file looks, or a folder with a tensor in it; None for anything that is neither."""
+    """How a file looks, or a folder with a soft prompt in it; None for anything that is neither."""
     try:
         found = os.stat(path)
         if not stat.S_ISDIR(found.st_mode):
             return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
-        parts = _stamp_of(os.path.join(path, "tensor.npy"))
-        return parts and parts + (_stamp_of(os.path.join(path, "meta.json")) or ())
+        stamps = [_stamp_of(os.path.join(path, part)) or () for part in formats.parts_of(path)]
+        return tuple(number for stamp in stamps for number in stamp) if stamps else None
     except FileNotFoundError:
         return None
     except OSError:

@@ -4,15 +4,15 @@
 
     SoftPromptError
     ├── FormatError                 a file cannot be read as a soft prompt, or rows cannot be written as one
-    │   ├── NotASoftPromptFile      neither a zip nor a tensor nor a folder that holds one
-    │   ├── NoTensor                a zip or folder without tensor.npy
+    │   ├── NotASoftPromptFile      a file of no known format
+    │   ├── NoTensor                a zip, folder or file without the tensor that its format has
     │   ├── EncryptedMember         a zip member that needs a password
     │   ├── UnsupportedCompression  a zip member that is not stored, deflated or LZMA
-    │   ├── CorruptMember           a zip member whose bytes cannot be unpacked, or whose checksum is wrong
+    │   ├── CorruptMember           a part of a file that cannot be unpacked, or whose checksum is wrong
     │   ├── DuplicateMember         two zip members of one name
     │   ├── UnsafeName              a member or file name that leaves its folder
     │   ├── TooLarge                more bytes than allowed: declared, unpacked, or as an LZMA dictionary
-    │   ├── BadTensorHeader         not an .npy header
+    │   ├── BadTensorHeader         not a tensor's header, or one that contradicts itself
     │   ├── ObjectDtype             Python objects, which only a pickle could hold
     │   ├── UnsupportedDtype        a dtype that holds no rows
     │   ├── WrongRank               not [n_tokens, width]
@@ -21,7 +21,12 @@
     │   ├── TruncatedTensor         fewer bytes than the header promises
     │   ├── TrailingBytes           more bytes than the header promises
     │   ├── NotFinite               NaN or infinity among the values
-    │   ├── MetadataTooLarge        meta.json past its limit
+    │   ├── UnsafePickle            a pickle that asks for anything but tensors
+    │   ├── SeveralSoftPrompts      more than one in a file, and none named
+    │   ├── UnsupportedMethod       a module or adapter that holds no rows: LoRA, prefix tuning, NovelAI's
+    │   ├── NotWritable             a format that is only read, or that cannot hold this soft prompt
+    │   ├── UnknownScale            rows in the other scale than the format's, and no model to convert them by
+    │   ├── MetadataTooLarge        metadata past its limit
     │   ├── MetadataNotUTF8         meta.json in another encoding
     │   └── MetadataNotJSON         meta.json that does not parse
     ├── CompatibilityError          a soft prompt and a model that do not go together
@@ -31,10 +36,17 @@
     │   ├── NoEmbedding             no input embedding that takes token ids
     │   ├── UnsupportedModel        a kind of model that soft tokens are not made for
     │   └── UnsupportedCall         a way of calling the model that soft tokens cannot follow
+    ├── EditError                   metadata that cannot be changed where they are, or soft prompts that do not combine
     ├── SelectionError              a choice from the menu that cannot be carried out
     │   ├── NoModel                 nothing is loaded that could use a soft prompt
     │   └── UnknownSoftPrompt       no such file in the folder
     ├── HostError                   a host application that is not the one a hook knows
+    │   ├── UnknownHost             a folder that is none of the host applications that we can be installed into
+    │   ├── NoEnvironment           a host whose Python environment cannot be found, told apart or used
+    │   ├── ForeignPackage          an environment with another release of ours, which somebody else put there
+    │   ├── FileInTheWay            a file that is not ours, or no longer, where one of ours has to go
+    │   ├── ReadOnlyInstall         a folder that an install cannot write to
+    │   └── BadRecord               a record of an install that cannot be read
     └── TrainingError               a training that cannot begin or go on
         ├── BadSetting              a setting with a value that cannot be
         ├── NoData                  nothing to learn from
@@ -74,11 +86,11 @@ class FormatError(SoftPromptError):
 
 
 class NotASoftPromptFile(FormatError):
-    """Neither a zip nor a tensor nor a folder that holds one."""
+    """A file of no known format."""
 
 
 class NoTensor(FormatError):
-    """A zip or a folder without ``tensor.npy``."""
+    """A zip, a folder or a file without the tensor that its format has."""
 
 
 class EncryptedMember(FormatError):
@@ -90,7 +102,7 @@ class UnsupportedCompression(FormatError):
 
 
 class CorruptMember(FormatError):
-    """A zip member whose bytes cannot be unpacked, or whose checksum is wrong."""
+    """A part of a file, such as a zip member, that cannot be unpacked or whose checksum is wrong."""
 
 
 class DuplicateMember(FormatError):
@@ -106,7 +118,7 @@ class TooLarge(FormatError):
 
 
 class BadTensorHeader(FormatError):
-    """Bytes that are not an ``.npy`` header."""
+    """Bytes that are not a tensor's header, or one that contradicts itself."""
 
 
 class ObjectDtype(FormatError):
@@ -139,6 +151,26 @@ class TrailingBytes(FormatError):
 
 class NotFinite(FormatError):
     """NaN or infinity among the values, in the file or in the dtype that is to be written."""
+
+
+class UnsafePickle(FormatError):
+    """A pickle that asks for anything but tensors; nothing of it was executed."""
+
+
+class SeveralSoftPrompts(FormatError):
+    """More than one soft prompt in a file, and none of them named."""
+
+
+class UnsupportedMethod(FormatError):
+    """A module or adapter that holds no rows: LoRA, prefix tuning, NovelAI's modules."""
+
+
+class NotWritable(FormatError):
+    """A format that is only read, or that cannot hold this soft prompt."""
+
+
+class UnknownScale(FormatError):
+    """Rows in the other scale than the format's, and no model is named to convert them by."""
 
 
 class MetadataTooLarge(FormatError):
@@ -181,6 +213,10 @@ class UnsupportedCall(ModelError):
     """A way of calling the model that soft tokens cannot follow, such as ``inputs_embeds``."""
 
 
+class EditError(SoftPromptError):
+    """Metadata that cannot be changed where they are, or soft prompts that cannot be combined into one."""
+
+
 class SelectionError(SoftPromptError):
     """A choice from the menu that cannot be carried out; the selection stays what it was."""
 
@@ -195,6 +231,30 @@ class UnknownSoftPrompt(SelectionError):
 
 class HostError(SoftPromptError):
     """A host application that is not the one a hook knows; nothing was changed."""
+
+
+class UnknownHost(HostError):
+    """A folder that is none of the host applications that we can be installed into."""
+
+
+class NoEnvironment(HostError):
+    """A host whose Python environment cannot be found, told apart from others, or used."""
+
+
+class ForeignPackage(HostError):
+    """An environment with another release of ``kobold_sp_plugin``, which this host's install did not put there."""
+
+
+class FileInTheWay(HostError):
+    """A file that is not ours, or was changed after it was installed, where one of ours has to go."""
+
+
+class ReadOnlyInstall(HostError):
+    """A folder that an install cannot write to, or could not finish writing to; what was written is gone again."""
+
+
+class BadRecord(HostError):
+    """A record of an install that cannot be read, so that nothing can be upgraded or taken back by it."""
 
 
 class TrainingError(SoftPromptError):

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import PurePath
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
+from .compatibility import Verdict
 from .errors import SoftPromptError
 from .session import Session
 
@@ -124,7 +125,7 @@ EVENTS: Tuple[Event, ...] = (
         '`{"classname": "system", "name", "old_value", "value", "transmit_time"}`, `name` one of `spfilename`, '
         "`spmeta`, `spname`, `sp_length`, `splist` (`[[filename, [name, description]]]`), `allowsp`",
         "One variable of the menu; all of them when a client connects. Of several selected, the first stands for all, "
-        "and `sp_length` counts all.",
+        "and `sp_length` counts all. In `splist`, the usable ones come first; the others' names end with the reason.",
         "KoboldAI, UI2",
     ),
     Event(
@@ -159,14 +160,16 @@ EVENTS: Tuple[Event, ...] = (
         "from_server",
         "out",
         '`{"cmd": "allowsp", "data": true or false}`',
-        "Whether the menu's button shows: when a client connects, and when a model is loaded or let go.",
+        "Whether the menu's button shows: when a client connects, and when a model is loaded or let go. It does for "
+        "a backend that takes no soft prompts too: the list says why.",
         "KoboldAI, old page",
     ),
     Event(
         "from_server",
         "out",
         '`{"cmd": "buildsp", "data": [{"name", "author", "supported", "description", "filename", "n_tokens"}]}`',
-        "The usable soft prompts, to the client that asked.",
+        "The soft prompts, to the client that asked; behind the usable ones the others, each with the reason as its "
+        "description.",
         "KoboldAI, old page",
     ),
     Event(
@@ -175,6 +178,13 @@ EVENTS: Tuple[Event, ...] = (
         '`{"cmd": "spstatitems", "data": {filename: {"name", "author", "supported", "description", "n_tokens"}}}`, '
         "or `{}` for none",
         "What is selected, for the status line and its indicator.",
+        "KoboldAI, old page",
+    ),
+    Event(
+        "from_server",
+        "out",
+        '`{"cmd": "warnmsg", "data": text}`, escaped for HTML',
+        "What happened to the selection by itself: a file that was deleted or replaced, a model that cannot use it.",
         "KoboldAI, old page",
     ),
     Event(
@@ -229,7 +239,7 @@ class Menu:
         view = _View(self.session)
         self._emit("softprompts", view.status, client)
         if OLD_UI in rooms:
-            self._emit("from_server", {"cmd": "allowsp", "data": view.allowed}, client)
+            self._emit("from_server", {"cmd": "allowsp", "data": view.has_model}, client)
             self._emit("from_server", {"cmd": "spstatitems", "data": view.status_line}, client)
         if UI2 in rooms:
             for name, value in view.variables.items():
@@ -252,7 +262,8 @@ class Menu:
         self.session.refresh()
         view = _View(self.session)
         self._emit("softprompts", view.status, client)
-        self._emit("var_changed", _variable("splist", None, view.variables["splist"]), client)
+        for name in ("splist", "spfilename"):  # the page builds its list anew, and then marks nothing in it
+            self._emit("var_changed", _variable(name, None, view.variables[name]), client)
 
     def load_softprompt_list(self, client: str, payload: Any = "") -> None:
         """Send the client the popup and its rows."""
@@ -284,6 +295,14 @@ class Menu:
             if error is not None:
                 self._emit("from_server", {"cmd": "errmsg", "data": html.escape(error)}, client)
 
+    def status_line(self) -> Dict[str, Any]:
+        """What the old page's status line shows, as it takes it: filename → metadata, escaped for HTML."""
+        return _View(self.session).status_line
+
+    def variables(self) -> Dict[str, Any]:
+        """KoboldAI's variables of the menu, as ``var_changed`` tells them."""
+        return _View(self.session).variables
+
     def relay(self, sleep: Callable[[float], Any]) -> None:
         """Send clients what changes, until :meth:`close`; ``sleep`` is the server's own."""
         while not self._closed.is_set():
@@ -303,13 +322,17 @@ class Menu:
         now = self._sent
         if now.status != before.status:
             self._emit("softprompts", now.status, None)
-        if now.allowed != before.allowed:
-            self._emit("from_server", {"cmd": "allowsp", "data": now.allowed}, OLD_UI)
+        if now.has_model != before.has_model:
+            self._emit("from_server", {"cmd": "allowsp", "data": now.has_model}, OLD_UI)
         if now.status_line != before.status_line:
             self._emit("from_server", {"cmd": "spstatitems", "data": now.status_line}, OLD_UI)
+        notice = now.status["notice"]
+        if notice and notice != before.status["notice"]:
+            self._emit("from_server", {"cmd": "warnmsg", "data": html.escape(notice)}, OLD_UI)
         old_values = before.variables
+        has_new_list = now.variables["splist"] != old_values["splist"]
         for name, value in now.variables.items():
-            if value != old_values[name]:
+            if value != old_values[name] or (name == "spfilename" and has_new_list):  # its page marks nothing then
                 self._emit("var_changed", _variable(name, old_values[name], value), UI2)
 
     def _select(self, client: str, filenames: Any) -> Optional[str]:
@@ -330,13 +353,23 @@ class _View:
 
     def __init__(self, session: Session):
         self.status = session.status()
+        self.has_model = session.engine is not None
         self.allowed = session.takes_softprompts
         self.usable = [entry for entry in self.status["entries"] if entry["usable"]]
 
+    def ordered(self) -> List[Dict[str, Any]]:
+        """All entries, the usable ones first."""
+        return sorted(self.status["entries"], key=lambda entry: not entry["usable"])
+
     def old_list(self) -> List[Dict[str, Any]]:
         return [
-            {**_meta(entry), "filename": html.escape(entry["filename"]), "author": html.escape(entry["author"])}
-            for entry in self.usable
+            {
+                **_meta(entry),
+                "filename": html.escape(entry["filename"]),
+                "author": html.escape(entry["author"]),
+                "description": described(entry),
+            }
+            for entry in self.ordered()
         ]
 
     @cached_property
@@ -352,7 +385,7 @@ class _View:
         n_tokens = self.status["n_tokens"]
         return {
             "allowsp": self.allowed,
-            "splist": [[entry["filename"], [entry["name"], entry["description"]]] for entry in self.usable],
+            "splist": [[entry["filename"], [labelled(entry), described(entry)]] for entry in self.ordered()],
             "spfilename": selected[0]["filename"] if selected else "",
             "spname": selected[0]["name"] if selected else "Not in Use",
             "spmeta": {**_meta(selected[0]), "n_tokens": n_tokens} if selected else None,
@@ -362,6 +395,20 @@ class _View:
     def _selected(self) -> List[Dict[str, Any]]:
         by_name = {entry["filename"]: entry for entry in self.status["entries"]}
         return [by_name[filename] for filename in self.status["selection"] if filename in by_name]
+
+
+def labelled(entry: Dict[str, Any]) -> str:
+    """The name that a list shows which has place for nothing else: with the reason, where it cannot be used."""
+    return str(entry["name"]) if entry["usable"] else f"{entry['name']} ({entry['reason']})"
+
+
+def described(entry: Dict[str, Any]) -> str:
+    """The description that a menu shows which has no place for a verdict: why not, or what to mind, first."""
+    if not entry["usable"]:
+        return f"Cannot be used: {entry['reason']}"
+    if entry["verdict"] == str(Verdict.DIFFERENT):
+        return f"Mind: {entry['reason']}. {entry['description']}".strip()
+    return str(entry["description"])
 
 
 def _meta(entry: Dict[str, Any]) -> Dict[str, Any]:

@@ -170,9 +170,12 @@ class Session:
             entries = self.catalogue.entries(state.facts)
             self._state = state._replace(entries=entries, selected=selected, notice="")
 
-    def clear(self) -> None:
-        """Change the selection to none."""
+    def clear(self, notice: str = "") -> None:
+        """Change the selection to none; ``notice`` tells why, where it was not the user's choice."""
         self.select(())
+        if notice:
+            with self._changing() as state:
+                self._state = state._replace(notice=notice)
 
     def softprompt(self, filename: str) -> SoftPrompt:
         """One file's soft prompt, for one request; the selection stays. Raises what :meth:`select` raises."""
@@ -231,7 +234,7 @@ class Session:
             "selection": [each.filename for each in state.selected],
             "n_tokens": sum(softprompt.n_tokens for softprompt in state.softprompts),
             "effect": state.effect,
-            "notice": state.notice,
+            "notice": state.notice or getattr(state.effect, "remark", ""),
             "entries": [dict(entry) for entry in self._listed(state.entries)],
         }
 

@@ -68,7 +68,8 @@ class WithMetadata:
 class SoftPrompt(WithMetadata):
     """A matrix of rows that a language model reads as its first embedded tokens, and what is known of it.
 
-    ``rows``: float32 ``[n_tokens, width]``, read-only, finite. ``metadata``: what the file carries,
+    ``rows``: float32 ``[n_tokens, width]``, read-only, finite; copied, unless the array is that already and owns
+    its memory. ``metadata``: what the file carries,
     read-only (``name``, ``author``, ``supported``, ``description`` and anything else). ``scale`` and
     ``order``: see :class:`Scale` and :class:`Order`; what the metadata declares, unless given.
 
@@ -199,11 +200,14 @@ def _checked_rows(rows: Any) -> np.ndarray:
         raise WrongRank(f"rows of shape {list(array.shape)}", "[n_tokens, width]")
     if 0 in array.shape:
         raise NoRows(f"rows of shape {list(array.shape)}", "at least one row and one column")
-    with np.errstate(over="ignore"):  # a float64 past float32's range becomes infinite, and is refused as such
-        checked = np.array(array, dtype=np.float32, order="C")
-    if not np.isfinite(checked).all():
-        row, column = (int(index) for index in np.argwhere(~np.isfinite(checked))[0])
-        raise NotFinite(f"{checked[row, column]} in row {row}, column {column}", "finite values")
+    checked = array
+    if array.dtype != np.float32 or array.flags.writeable or array.base is not None or not array.flags.c_contiguous:
+        with np.errstate(over="ignore"):  # a float64 past float32's range becomes infinite, and is refused as such
+            checked = np.array(array, dtype=np.float32, order="C")
+    for number, row in enumerate(checked):  # row by row: a mask of them all would take a quarter of their memory
+        if not np.isfinite(row).all():
+            column = int(np.argmin(np.isfinite(row)))
+            raise NotFinite(f"{row[column]} in row {number}, column {column}", "finite values")
     checked.setflags(write=False)
     return checked
 

@@ -10,7 +10,9 @@ import torch
 from models import FAMILY, tiny_model, tiny_tokenizer
 
 from kobold_sp_plugin import SoftPrompt, attach
-from kobold_sp_plugin.engines import GenerationSettings
+from kobold_sp_plugin.demonstration import MODEL
+from kobold_sp_plugin.engines import Effect, GenerationSettings
+from kobold_sp_plugin.engines import transformers as transformers_engine
 from kobold_sp_plugin.engines.transformers import PROBES, TransformersEngine, _Text, load_transformers
 from kobold_sp_plugin.errors import ContextExceeded, ModelError, NoModel, UnsupportedCall
 
@@ -157,6 +159,26 @@ class TestStopping:
             assert list(engine.generate(GenerationSettings("The door"), stop=stop)) == []
         timer.join()
 
+    def test_a_generation_goes_before_a_measurement_that_is_under_way(self, engine, model, monkeypatch):
+        monkeypatch.setattr("kobold_sp_plugin.engines.transformers._MOST_LOGITS", 1)  # one probe at a time
+        order = []
+        model.register_forward_pre_hook(lambda *_: order.append(threading.current_thread().name))
+        with engine.lock:
+            measuring = threading.Thread(target=engine.effect, args=([softprompt()],), name="measuring")
+            measuring.start()
+        wait = threading.Event()
+        while not order:
+            wait.wait(0.001)
+        began = len(order)
+        with engine.lock:
+            order.append("turn")
+            wait.wait(0.05)
+        measuring.join()
+        turn = order.index("turn")
+        assert turn <= began + 2, "no later than after the forward pass that was under way"
+        after = ["measuring"] * (2 * len(PROBES) - turn)  # nothing of it during the turn
+        assert order == ["measuring"] * turn + ["turn"] + after
+
     def test_an_iterator_that_nobody_reads_starts_nothing(self, engine):
         threads = threading.active_count()
         engine.generate(GenerationSettings("The door"))
@@ -271,6 +293,23 @@ class TestBudget:
         assert engine._ids("") == [tokenizer.bos_token_id]
 
 
+def harmful(engine, goal, n_tokens=20):
+    """A soft prompt trained so that the probes are followed by one token, by any token, or each by one of its own."""
+    model = engine._existing()
+    rows = torch.nn.Parameter(torch.tensor(softprompt(n_tokens=n_tokens, width=160).rows) * 0.2)
+    optimizer = torch.optim.Adam([rows], lr=0.05)
+    texts = [torch.tensor([engine._ids(probe)]) for probe in PROBES]
+    for _ in range(60):
+        inputs = [torch.cat([rows[None], model.get_input_embeddings()(ids)], 1) for ids in texts]
+        ends = torch.stack([model(inputs_embeds=each).logits[0, -1].log_softmax(-1) for each in inputs])
+        entropies = -(ends.exp() * ends).sum(-1)
+        losses = {"one token": -ends[:, 300].mean(), "any token": -entropies.mean(), "few tokens": entropies.mean()}
+        optimizer.zero_grad()
+        losses[goal].backward()
+        optimizer.step()
+    return SoftPrompt(rows)
+
+
 class TestEffect:
     def test_nothing_has_none_and_a_random_prompt_has_one(self, engine):
         assert engine.effect([]) == 0.0
@@ -287,6 +326,49 @@ class TestEffect:
                 ends = [model(inputs_embeds=x).logits[0, -1].softmax(-1) for x in (plain, torch.cat([rows, plain], 1))]
             expected.append((ends[0] - ends[1]).abs().sum().item() / 2)
         assert engine.effect([prompt]) == pytest.approx(sum(expected) / len(expected), abs=1e-4)
+
+    def test_probes_go_one_by_one_where_a_batch_would_take_too_much_memory(self, engine, monkeypatch):
+        expected = engine.effect([softprompt()])
+        sizes = []
+        forward = engine._existing().forward
+
+        def counted(*args, **kwargs):
+            sizes.append(len(kwargs["input_ids"]))
+            return forward(*args, **kwargs)
+
+        monkeypatch.setattr(engine._existing(), "forward", counted)
+        assert engine.effect([softprompt()]) == pytest.approx(expected, abs=1e-5)
+        monkeypatch.setattr(transformers_engine, "_MOST_LOGITS", 1)
+        assert engine.effect([softprompt()]) == pytest.approx(expected, abs=1e-5)
+        assert sizes == [len(PROBES)] * 2 + [1] * 2 * len(PROBES)
+
+    def test_one_that_changes_nothing_is_called_that(self, engine):
+        assert "next to nothing" in engine.effect([]).remark
+        assert engine.effect([softprompt()]).remark == ""
+
+    @pytest.mark.parametrize(
+        ("measured", "said"),
+        [
+            (Effect(0.273, 2.22, 2.31, 0.81, 0.81), ""),
+            (Effect(0.997, 0.07, 2.31, 0.01, 0.81), "drowns the text out"),
+            (Effect(0.889, 6.49, 2.31, 0.56, 0.81), "guessing"),
+            (Effect(0.711, 0.02, 2.31, 0.87, 0.81), "no choice of words"),
+            (Effect(0.004, 2.31, 2.31, 0.81, 0.81), "next to nothing"),
+        ],
+    )
+    def test_nonsense_is_called_that(self, measured, said):
+        """The numbers are those of noir and of the three harmful soft prompts below, with the demonstration model."""
+        assert (said in measured.remark) if said else (measured.remark == "")
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(600)
+    @pytest.mark.parametrize(
+        ("goal", "said"), [("one token", "drowns"), ("any token", "guessing"), ("few tokens", "no choice of words")]
+    )
+    def test_soft_prompts_trained_to_do_harm_are_called_nonsense(self, goal, said):
+        model, tokenizer, name = load_transformers(MODEL)
+        engine = TransformersEngine(model, tokenizer, name)
+        assert said in engine.effect([harmful(engine, goal)]).remark
 
     def test_it_leaves_the_selection(self, engine):
         engine.select([softprompt(1)])

@@ -179,7 +179,19 @@ class TestOwn:
 
     def test_a_refresh_answers_the_client_that_asked(self, host):
         host.menu.sp_list_refresh("a", "")
-        assert host.said("softprompts", to="a") and host.said("var_changed", to="a", name="splist")
+        assert host.said("softprompts", to="a")
+        names = [payload["name"] for event, payload, _ in host.sent if event == "var_changed"]
+        assert names == ["splist", "spfilename"], "a page that builds its list anew marks nothing in it"
+
+    def test_a_new_list_is_followed_by_what_is_marked_in_it(self, host, session, folder):
+        session.select("noir.zip")
+        host.hears("var_changed", to=UI2, name="spfilename", value="noir.zip")
+        host.sent.clear()
+        (folder / "more.zip").write_bytes((folder / "noir.zip").read_bytes())
+        session.refresh()
+        host.hears("var_changed", to=UI2, name="spfilename", value="noir.zip")
+        names = [payload["name"] for event, payload, to in host.sent if event == "var_changed"]
+        assert names == ["splist", "spfilename"]
 
 
 class TestUI2:
@@ -188,7 +200,13 @@ class TestUI2:
 
     def test_every_variable_when_a_client_connects(self, host):
         host.menu.connected("a", (UI2,))
-        assert self.variables(host, "a") == {
+        variables = self.variables(host, "a")
+        (broken, (name, why)), (wide, (label, _)) = variables["splist"][2:]
+        assert (broken, wide) == ("broken.zip", "wide.zip")
+        assert why.startswith("Cannot be used: ") and name == f"broken ({why[len('Cannot be used: '):]})"
+        assert label == "wide (made for 64 columns, this model has 32)"
+        del variables["splist"][2:]
+        assert variables == {
             "allowsp": True,
             "splist": [["evil.zip", [EVIL, EVIL]], ["noir.zip", ["Noir", "Rain."]]],
             "spfilename": "",
@@ -236,7 +254,8 @@ class TestUI2:
         assert not host.said("load_popup")
         assert any(name == "error" for name, _, _ in host.sent)
         host.hears("var_changed", to=UI2, name="allowsp", value=False)
-        host.hears("var_changed", to=UI2, name="splist", value=[])
+        listed = host.hears("var_changed", to=UI2, name="splist")["value"]
+        assert all(name.endswith(")") for filename, (name, _) in listed), "each with the reason"
 
 
 class TestOldPage:
@@ -254,7 +273,8 @@ class TestOldPage:
     def test_list_mark_and_select(self, host, session):
         self.send(host, "splistrequest")
         (answer,) = host.said("from_server", cmd="buildsp")
-        assert [each["filename"] for each in answer["data"]] == ["evil.zip", "noir.zip"]
+        assert [each["filename"] for each in answer["data"]] == ["evil.zip", "noir.zip", "broken.zip", "wide.zip"]
+        assert answer["data"][3]["description"].startswith("Cannot be used: made for 64 columns, this model has 32")
         assert set(answer["data"][1]) == {"name", "author", "supported", "description", "filename", "n_tokens"}
         self.send(host, "spselect", "noir.zip")
         assert session.selection == ()

@@ -4,8 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from kobold_sp_plugin.cli import main
 from kobold_sp_plugin.compatibility import Verdict
+from kobold_sp_plugin.formats import formats_table
 from kobold_sp_plugin.menu import events_table
 
 ROOT = Path(__file__).parent.parent
@@ -33,3 +36,14 @@ def test_the_table_of_events_is_the_one_in_the_code():
 def test_every_verdict_is_explained():
     for verdict in Verdict:
         assert f"| {verdict} | " in README
+
+
+def test_the_table_of_formats_is_the_one_in_the_code():
+    assert between("formats") == formats_table().strip()
+
+
+def test_the_inspected_example_is_what_it_prints(monkeypatch):
+    pytest.importorskip("transformers", "4.28")
+    monkeypatch.chdir(ROOT)
+    ((command, lines),) = re.findall(r"```console\n\$ kobold-sp (inspect .*?)\n(.*?)…\n```", README, re.DOTALL)
+    assert CliRunner().invoke(main, command.split()).output.startswith(lines)

@@ -11,6 +11,10 @@ import click
 from .. import __version__
 from .catalogue import list_
 from .common import WrongUse, samples_folder
+from .convert import convert
+from .edit import combine, edit
+from .inspect import check, inspect
+from .install import install, run, status, uninstall
 from .serve import serve
 
 __all__ = ["WrongUse", "main", "samples_folder"]
@@ -30,5 +34,5 @@ def main() -> None:
         reconfigure(errors="replace")  # a name may hold what the terminal's encoding has not
 
 
-for _command in (serve, list_):
+for _command in (serve, list_, inspect, check, convert, edit, combine, install, uninstall, status, run):
     main.add_command(_command)

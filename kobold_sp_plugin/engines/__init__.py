@@ -34,6 +34,50 @@ class GenerationSettings:
     seed: Optional[int] = None
 
 
+class Effect(float):
+    """How far soft prompts move the next-token distribution: its mean total variation over some probes, 0 to 1.
+
+    A number, so that who shows it needs to know no more; with it comes what tells sense from nonsense.
+    ``entropy``: mean of the distributions with the soft prompts, in nats, and ``entropy_without``. ``spread``: mean
+    total variation between the distributions that any two of the probes lead to, and ``spread_without``.
+    """
+
+    entropy: float
+    entropy_without: float
+    spread: float
+    spread_without: float
+
+    def __new__(
+        cls,
+        distance: float,
+        entropy: float = 0.0,
+        entropy_without: float = 0.0,
+        spread: float = 0.0,
+        spread_without: float = 0.0,
+    ) -> "Effect":
+        made = super().__new__(cls, distance)
+        made.entropy, made.entropy_without = entropy, entropy_without
+        made.spread, made.spread_without = spread, spread_without
+        return made
+
+    @property
+    def remark(self) -> str:
+        """What a user has to know besides the number, as a sentence, or ""."""
+        if self < LEAST_EFFECT:
+            return "The soft prompt changes next to nothing: text will be as without it."
+        if self.spread < 0.3 * self.spread_without:
+            return "The soft prompt drowns the text out: whatever stands there, much the same token follows."
+        if self.entropy < 0.2 * self.entropy_without and self.entropy_without > 0.5:
+            return "The soft prompt leaves the model next to no choice of words: expect it to repeat itself."
+        if self.entropy > self.entropy_without + 2:
+            return "The soft prompt leaves the model guessing: expect garbled text."
+        return ""
+
+
+LEAST_EFFECT = 0.01
+"""An effect below this cannot be seen in a text; a single row of noise has more."""
+
+
 class Engine(Protocol):
     """What a session needs of an engine."""
 
@@ -54,7 +98,9 @@ class Engine(Protocol):
         """Make these, in order, the soft prompts of generations that begin from now on; raises, or all are taken."""
 
     def effect(self, softprompts: Sequence[SoftPrompt]) -> float:
-        """How far these soft prompts move the next-token distribution, from 0 (not at all) to 1."""
+        """How far these soft prompts move the next-token distribution, 0 (not at all) to 1; an :class:`Effect`
+        where the engine can tell more.
+        """
 
     def generate(
         self,

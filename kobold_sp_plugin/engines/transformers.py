@@ -7,9 +7,10 @@ text of them, and answers whether to stop; streamers came later than our lowest 
 import secrets
 import threading
 import weakref
+from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 from queue import SimpleQueue
-from typing import Any, Dict, Generator, List, Optional, Sequence, Tuple, Union
+from typing import Any, ContextManager, Dict, Generator, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, StoppingCriteriaList
@@ -19,7 +20,7 @@ from ..compatibility import ModelFacts, context_of, facts
 from ..errors import ContextExceeded, ModelError, NoModel
 from ..soft_tokens import SoftTokens, attach
 from ..softprompt import SoftPrompt
-from . import GenerationSettings
+from . import Effect, GenerationSettings
 
 GREEDY_BELOW = 1e-4
 """A temperature or ``top_p`` below this means the likeliest token; samplers overflow there, or keep none."""
@@ -41,6 +42,9 @@ _RANDOM = threading.Lock()
 
 _Piece = Union[str, BaseException, None]
 """Text; None at the end; or the error that ended it."""
+
+_MOST_LOGITS = 2**25
+"""Of a batch of probes: 128 MB in float32."""
 
 _TAIL = 6
 """Tokens of the prompt that new ones are decoded after: a tokenizer may write a word's space only in context."""
@@ -82,16 +86,59 @@ def _is_a_path(name: str) -> bool:
     return name.startswith((".", "~", "/")) or "\\" in name or name.count("/") > 1 or bool(PureWindowsPath(name).drive)
 
 
+class Turns:
+    """A lock on one model, which a measurement gets only while nobody who generates wants it."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._taken = False
+        self._wanted = 0
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        """Take the model to generate, like :class:`threading.Lock`."""
+        with self._changed:
+            self._wanted += 1
+            seconds = (None if timeout < 0 else timeout) if blocking else 0
+            has_turn = self._changed.wait_for(lambda: not self._taken, seconds)
+            self._wanted -= 1
+            self._taken = self._taken or has_turn
+            self._changed.notify_all()
+            return has_turn
+
+    def release(self) -> None:
+        """Give the model back."""
+        with self._changed:
+            self._taken = False
+            self._changed.notify_all()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+    @contextmanager
+    def in_between(self) -> Iterator[None]:
+        """Take the model for a moment, as soon as nobody has it or waits for it."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._taken and not self._wanted)
+            self._taken = True
+        try:
+            yield
+        finally:
+            self.release()
+
+
 class TransformersEngine:
     """Generates with a model that is already loaded; the model gets soft tokens, and is held weakly.
 
-    ``lock`` is held while the model generates or is measured. A host that generates by itself takes it
-    too, so that a measurement waits.
+    ``lock`` is held while the model generates. A host that generates by itself takes it too, so that a
+    measurement waits.
     """
 
     def __init__(self, model: Any, tokenizer: Any, name: str):
         self.name = name
-        self.lock = threading.Lock()
+        self.lock = Turns()
         self._model = weakref.ref(model)
         self._tokenizer = tokenizer
         self._context = context_of(model)
@@ -123,20 +170,56 @@ class TransformersEngine:
         if model is not None:
             attach(model).select(softprompts)
 
-    def effect(self, softprompts: Sequence[SoftPrompt]) -> float:
-        """Mean total-variation distance of the next-token distribution with and without, over ``PROBES``: 0 to 1."""
-        distances = []
-        with self.lock, torch.no_grad():
-            model = self._existing()  # not before: who waits for the lock must not keep a model alive
-            handle = attach(model)
-            for probe in PROBES:
-                ids = torch.tensor([self._ids(probe)], device=_device_of(model))
-                with handle.override():
-                    without = _next_token(model, handle, ids)
+    def override(self, softprompts: Sequence[SoftPrompt]) -> ContextManager[None]:
+        """Have what a host generates in this thread, inside the ``with`` block, read these and not the selection."""
+        return attach(self._existing()).override(softprompts)
+
+    def effect(self, softprompts: Sequence[SoftPrompt]) -> Effect:
+        """Mean total-variation distance of the next-token distribution with and without, over ``PROBES``: 0 to 1.
+
+        Runs the model for one forward pass at a time, in between generations: none waits for more than that.
+        """
+        without, having = self._next_tokens(()), self._next_tokens(softprompts)
+        return Effect(
+            min(1.0, _distances(having, without).mean().item()),
+            _entropies(having).mean().item(),
+            _entropies(without).mean().item(),
+            _distances(having[:, None], having[None]).mean().item(),
+            _distances(without[:, None], without[None]).mean().item(),
+        )
+
+    def _next_tokens(self, softprompts: Sequence[SoftPrompt]) -> torch.Tensor:
+        """``[len(PROBES), vocabulary]``: the distribution of the token after each probe, with these soft prompts.
+
+        As many probes at a time as keep the logits below 128 MB; padding stands on the right, where a causal model
+        does not see it.
+        """
+        probes = [self._ids(probe) for probe in PROBES]
+        length = max(map(len, probes))
+        n_tokens = sum(softprompt.n_tokens for softprompt in softprompts)
+        found: List[torch.Tensor] = []
+        while len(found) < len(probes):
+            with self.lock.in_between(), torch.no_grad():
+                model = self._existing()  # not before: who waits for the lock must not keep a model alive
+                handle = attach(model)
+                vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None) or 2**18
+                at_once = max(1, _MOST_LOGITS // (vocabulary * (n_tokens + length)))
+                part = probes[len(found) : len(found) + at_once]
+                padded = [text + [self._pad_id()] * (length - len(text)) for text in part]
+                ids = torch.tensor(padded, device=_device_of(model))
+                mask = torch.tensor([[1] * len(text) + [0] * (length - len(text)) for text in part], device=ids.device)
                 with handle.override(softprompts):
-                    having = _next_token(model, handle, ids)
-                distances.append((having - without).abs().sum().item() / 2)
-        return min(1.0, sum(distances) / len(distances))
+                    logits = model(**handle.prepend(ids, mask)).logits
+                for row, text in zip(logits, part):
+                    found.append(torch.softmax(row[len(text) - 1 - length].float(), dim=-1))
+        return torch.stack(found)
+
+    def token_text(self, token_id: int) -> str:
+        """One token as text; by its name in the vocabulary where it is no whole character."""
+        text = self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+        if text and _UNFINISHED not in text:
+            return text
+        return str(self._tokenizer.convert_ids_to_tokens(token_id) or token_id)
 
     def generate(
         self,
@@ -306,10 +389,14 @@ def _device_of(model: Any) -> torch.device:
     return model.device if device is None else torch.device(device)
 
 
-def _next_token(model: Any, handle: SoftTokens, input_ids: torch.Tensor) -> torch.Tensor:
-    """``[vocabulary]``: the distribution of the token after ``input_ids``, with this thread's soft prompts."""
-    logits = model(**handle.prepend(input_ids)).logits[0, -1]
-    return torch.softmax(logits.float(), dim=-1)
+def _distances(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Total variation between distributions in the last dimension."""
+    return (first - second).abs().sum(-1) / 2
+
+
+def _entropies(distributions: torch.Tensor) -> torch.Tensor:
+    """In nats, over the last dimension."""
+    return torch.special.entr(distributions).sum(-1)
 
 
 class _Watcher(StoppingCriteria):

@@ -1,48 +1,38 @@
-"""A soft prompt that is not packed: a folder with ``tensor.npy`` and ``meta.json``, or the ``.npy`` alone."""
+"""KoboldAI's soft prompt, not packed: a folder with ``tensor.npy`` and ``meta.json``."""
 
 import os
-import stat
 from contextlib import contextmanager
-from typing import Iterator, Optional
+from typing import Iterator
 
-from ..errors import NotASoftPromptFile, NoTensor
-from . import metadata
-from .source import TENSOR, Source
+from ..softprompt import SoftPrompt
+from . import metadata, npy
+from .source import Candidate, Source, check_regular, read_part
+from .writing import write_folder
+
+
+def detect(candidate: Candidate) -> bool:
+    """Any folder that is not of another format: what is wrong with it, this one says."""
+    return candidate.is_folder
 
 
 @contextmanager
-def opened(path: str) -> Iterator[Source]:
-    """The tensor and the metadata in the folder at ``path``, or the bare tensor that ``path`` is.
+def opened(candidate: Candidate) -> Iterator[Source]:
+    """The tensor and the metadata in the folder.
 
-    Raises :class:`NoTensor`, :class:`NotASoftPromptFile`, :class:`MetadataTooLarge` or :class:`OSError`.
+    Raises :class:`NoTensor`, :class:`NotASoftPromptFile`, :class:`UnsafeName`, :class:`OSError` or one of the
+    metadata's or the tensor's errors.
     """
-    if not os.path.isdir(path):
-        with _opened_tensor(path, os.path.basename(path), None) as source:
-            yield source
-        return
     meta = None
-    meta_path = os.path.join(path, metadata.LABEL)
-    if os.path.exists(meta_path):
-        metadata.check_size(check_regular(meta_path).st_size)
-        with open(meta_path, "rb") as file:
-            meta = file.read(metadata.MAX_BYTES + 1)
-    tensor_path = os.path.join(path, TENSOR)
-    if not os.path.exists(tensor_path):
-        raise NoTensor(f"a folder without {TENSOR}", f"{TENSOR} in it")
-    with _opened_tensor(tensor_path, TENSOR, meta) as source:
-        yield source
+    if metadata.LABEL in candidate.names:
+        path = candidate.part_path(metadata.LABEL)
+        metadata.check_size(check_regular(path).st_size)
+        meta = read_part(path, metadata.MAX_BYTES)
+    with open(candidate.part_path(npy.TENSOR), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        yield npy.source(file.read, size, npy.TENSOR, metadata.parse(meta))
 
 
-def check_regular(path: str) -> os.stat_result:
-    """The stat of the file at ``path``; a pipe or a device is refused: opening one may wait for ever."""
-    result = os.stat(path)
-    if not stat.S_ISREG(result.st_mode):
-        raise NotASoftPromptFile(f"{os.path.basename(path)} is no ordinary file", "an ordinary file")
-    return result
-
-
-@contextmanager
-def _opened_tensor(path: str, label: str, meta: Optional[bytes]) -> Iterator[Source]:
-    check_regular(path)
-    with open(path, "rb") as file:
-        yield Source(file.read, os.fstat(file.fileno()).st_size, lambda: None, meta, label, None)
+def write(softprompt: SoftPrompt, path: str, dtype: str) -> None:
+    """Write the folder: the same two files that the zip holds."""
+    tensor, meta = npy.tensor_and_metadata(softprompt, dtype)
+    write_folder(path, {npy.TENSOR: tensor, metadata.LABEL: meta})

@@ -178,7 +178,7 @@ def test_a_header_is_read_without_the_rows(tmp_path):
 
 @pytest.mark.parametrize("fortran", [False, True])
 def test_loading_takes_little_more_than_the_rows(tmp_path, fortran):
-    """4 bytes a value to read, 4 for the value's own copy, 1 for the finite check, and a piece."""
+    """4 bytes a value, and a piece: the rows are read once, into the array that the soft prompt keeps."""
     rows = np.zeros((2000, 1024), dtype=np.float64)
     path = tmp_path / "big.zip"
     path.write_bytes(make_zip(("tensor.npy", npy(rows, fortran=fortran)), method=DEFLATED))
@@ -188,7 +188,7 @@ def test_loading_takes_little_more_than_the_rows(tmp_path, fortran):
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 9 * rows.size + 4e6
+    assert peak < 4 * rows.size + 2e6
 
 
 def test_the_largest_soft_prompt_that_is_allowed(tmp_path):
@@ -211,7 +211,7 @@ def test_errors_name_the_file(tmp_path):
     with pytest.raises(NotASoftPromptFile) as caught:
         SoftPrompt.load(path)
     assert caught.value.path == str(path)
-    assert str(caught.value) == (f"{path}: a file of another kind; expected a zip with tensor.npy, or an .npy file")
+    assert str(caught.value).startswith(f"{path}: a file of another kind; expected a soft prompt")
 
 
 @pytest.mark.parametrize("checksum", [None, 12, ["x"]])

@@ -1,7 +1,9 @@
 """The hook in a stand-in host that runs as its own process, and our side of its seams in this one."""
 
-import ast
+import contextlib
+import importlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -9,6 +11,8 @@ import subprocess
 import sys
 import threading
 import time
+import types
+import urllib.error
 import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,10 +24,12 @@ from flask_socketio import SocketIO
 from models import tiny_model, tiny_tokenizer
 
 from kobold_sp_plugin import SoftPrompt
-from kobold_sp_plugin.errors import HostError, UnknownSoftPrompt
+from kobold_sp_plugin.errors import HostError
 from kobold_sp_plugin.hosts import koboldai
+from kobold_sp_plugin.hosts.koboldai import attachment
+from kobold_sp_plugin.hosts.koboldai.client import REFUSALS, TPU
 
-REPOSITORY = Path(koboldai.__file__).resolve().parents[2]
+REPOSITORY = Path(koboldai.__file__).resolve().parents[3]
 HOOK = REPOSITORY / "hooks" / "koboldai"
 STANDIN = Path(__file__).resolve().parent / "standin_koboldai" / "aiserver.py"
 PROMPT = "The door opened and the rain came in."
@@ -76,7 +82,8 @@ class Host:
         lines = ["import signal, site, sys", f"signal.alarm({4 * START_SECONDS})"]
         if armed:  # the folder of the hook's files becomes one in which `.pth` files count
             lines.append(f"site.addsitedir({str(HOOK)!r})")
-            lines.append("signal.signal(signal.SIGUSR1, lambda *_: sys.modules['kobold_sp_koboldai'].hook.undo())")
+            lines.append("ours = lambda: sys.modules['kobold_sp_koboldai'].waiting.hook")
+            lines.append("signal.signal(signal.SIGUSR1, lambda *_: ours().undo())")
         (start / "sitecustomize.py").write_text("\n".join(lines))
         self.log = place / "log.txt"
         with open(self.log, "wb") as log:
@@ -109,9 +116,14 @@ class Host:
         self.process.kill()
         self.process.wait(10)
 
-    def post(self, route, **body):
+    def get(self, route):
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/api/v1/{route}", timeout=20) as answer:
+            return json.loads(answer.read())
+
+    def post(self, route, method="POST", **body):
         url = f"http://127.0.0.1:{self.port}/api/v1/{route}"
-        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers, method=method)
         with urllib.request.urlopen(request, timeout=20) as answer:
             return json.loads(answer.read())
 
@@ -212,7 +224,9 @@ class TestArmedHost:
         assert [(row["filename"], row["name"], row["n_tokens"]) for row in rows] == [
             ("noir.zip", "Noir", 4),
             ("space.zip", "Space", 6),
+            ("wide.zip", "wide", 4),
         ]
+        assert rows[2]["description"] == "Cannot be used: made for 64 columns, this model has 32"
         assert client.text() == native[""]
         assert client.select("noir.zip")["noir.zip"]["n_tokens"] == 4
         assert client.text() == native["noir.zip"]
@@ -246,7 +260,8 @@ class TestArmedHost:
         client.hears("softprompts", when=lambda status: has(status, "dropped.zip", "broken.zip"))
         assert time.monotonic() - started < 2
         client.say("splistrequest")
-        assert [row["filename"] for row in client.hears("buildsp")] == ["dropped.zip", "noir.zip", "space.zip"]
+        rows = [row["filename"] for row in client.hears("buildsp")]
+        assert rows == ["dropped.zip", "noir.zip", "space.zip", "broken.zip", "wide.zip"]
         client.select("dropped.zip")
         (folder / "dropped.zip").unlink()
         (folder / "broken.zip").unlink()
@@ -262,6 +277,17 @@ class TestArmedHost:
         assert answer["results"][0]["text"] == native["noir.zip"]
         assert client.text() == native["space.zip"]
         assert json.loads((host.place / "settings.json").read_text()) == {"softprompt": "space.zip"}
+
+    def test_its_http_api_lists_and_validates_as_the_menu_does(self, client, host):
+        names = [each["value"] for each in host.get("config/soft_prompts_list")["values"]]
+        assert names == ["noir.zip", "space.zip"]
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            host.post("config/soft_prompt", "PUT", value="wide.zip")
+        assert refused.value.code == 422 and "made for 64 columns" in refused.value.read().decode()
+        host.post("config/soft_prompt", "PUT", value="noir.zip")
+        client.hears("spstatitems", when=lambda data: list(data) == ["noir.zip"])
+        host.post("config/soft_prompt", "PUT", value="  ")
+        client.hears("spstatitems", when=lambda data: data == {})
 
     def test_another_model_keeps_what_fits_it(self, client, host, models, native):
         client.say("load_model", str(models / "second"))
@@ -281,9 +307,9 @@ class TestArmedHost:
         assert status["selection"] == [] and "noir.zip" in status["notice"]
         assert client.text()
         client.say("load_model", "ReadOnly")
-        assert client.hears("allowsp") is False
-        with Client(host) as other:
-            assert other.hears("allowsp") is False, "the host would leave it as the last model had it"
+        client.hears("softprompts", when=lambda status: status["model"] == "ReadOnly")
+        client.say("splistrequest")
+        assert {row["description"] for row in client.hears("buildsp")} == {"Cannot be used: no model is loaded"}
         client.say("load_model", str(models / "first"))
         client.hears("show_model_name")
         assert client.text() == native["noir.zip"], "the host's settings still name it"
@@ -316,17 +342,24 @@ def test_a_host_that_lacks_a_seam_starts_untouched(models, native, tmp_path):
     assert len(lines) == 1 and "there is no global named 'spRequest'" in lines[0]
 
 
+class ValidationError(ValueError):
+    """As marshmallow's."""
+
+
 class Globals(dict):
     """The globals of a host in this process, with Flask-SocketIO in threading mode."""
 
     def __init__(self):
-        socketio = SocketIO(Flask("host"), async_mode="threading")
+        app = Flask("host")
+        app.add_url_rule("/", "index", lambda: "<html><body>the page</body></html>")
+        socketio = SocketIO(app, async_mode="threading")
         socketio.on_event("connect", lambda: None)
         socketio.on_event("message", lambda message: None)
-        self.saved = []
+        self.saved, self.emitted = [], []
 
         class Variables:
             allowsp, sp, sp_length, spfilename, spmeta = False, None, 0, "", None
+            model, aibusy, genseqs = "", False, ()
 
         def spRequest(filename):
             raise RuntimeError(filename)
@@ -337,12 +370,29 @@ class Globals(dict):
 
         def load_model(model, then=lambda: None):
             self.update(model=model, generator=None, tokenizer=tiny_tokenizer())
+            if model is None:
+                return
             Variables.allowsp = True
             self["patch_causallm"](model)
             self["generator"] = model.generate
             then()
 
+        def calcsubmit(txt):
+            ids = tiny_tokenizer()(txt, return_tensors="pt")["input_ids"]
+            self.meanwhile()
+            return self["_generate"](ids).tolist()
+
+        self.meanwhile = lambda: None
+        fileops = types.ModuleType("fileops")
+        fileops.getspfiles = lambda model_dimension: ["the host's own"]
+        fileops.checksp = lambda filename, model_dimension: (1, None, None, None, None)
         super().__init__(
+            app=app,
+            fileops=fileops,
+            emit=lambda *payload, **to: self.emitted.append(payload),
+            calcsubmit=calcsubmit,
+            _generate_text=lambda body: self["calcsubmit"](body.prompt),
+            ValidationError=ValidationError,
             socketio=socketio,
             vars=Variables,
             spRequest=spRequest,
@@ -355,7 +405,8 @@ class Globals(dict):
 
     def snapshot(self):
         kept = {name: value for name, value in self.items() if name not in ("model", "generator", "tokenizer")}
-        return kept, dict(self["socketio"].server.handlers["/"])
+        handlers, views = self["socketio"].server.handlers["/"], self["app"].view_functions
+        return kept, dict(handlers), dict(views), dict(vars(self["fileops"]))
 
 
 @pytest.fixture
@@ -411,7 +462,7 @@ def attached(in_process):
 def test_a_setting_that_names_a_missing_file_does_not_stop_the_loader(attached, caplog):
     attached["load_model"](tiny_model("gptj"), then=lambda: attached["spRequest"]("gone.zip"))
     assert "gone.zip" in caplog.text and attached["vars"].allowsp and attached.saved == []
-    with pytest.raises(UnknownSoftPrompt):
+    with pytest.raises(ValidationError, match=r"gone\.zip"):
         attached["spRequest"]("gone.zip")
 
 
@@ -466,26 +517,232 @@ def test_a_generation_waits_while_the_effect_is_measured(attached):
 
 
 def test_text_of_a_file_is_escaped_for_the_hosts_page(attached, tmp_path):
-    softprompt(5, name="<b>").save(tmp_path / "softprompts" / "b.zip")
+    softprompt(5, name="<b>").save(tmp_path / "softprompts" / "<i>.zip")
     attached["load_model"](tiny_model("gptj"))
-    attached["spRequest"]("b.zip ")
+    attached["spRequest"]("<i>.zip ")
     assert attached["vars"].spmeta["name"] == "&lt;b&gt;"
-    assert attached.saved == ["b.zip"]
+    assert attached.saved == ["<i>.zip"]
+    shown = {attached["vars"].spfilename: attached["vars"].spmeta}
+    attached["emit"]("from_server", {"cmd": "spstatitems", "data": shown})  # the host's greeting
+    assert list(attached.emitted[-1][1]["data"]) == ["&lt;i&gt;.zip"]
 
 
-def test_the_files_that_are_dropped_into_a_host_only_import_and_call():
-    files = {path.name for path in HOOK.iterdir() if path.is_file()}
-    assert files == {"kobold_sp_koboldai.pth", "kobold_sp_koboldai.py"}
-    assert (HOOK / "kobold_sp_koboldai.pth").read_text() == "import kobold_sp_koboldai\n"
-    docstring, imported, called = ast.parse((HOOK / "kobold_sp_koboldai.py").read_text()).body
-    assert isinstance(docstring.value, ast.Constant)
-    assert isinstance(imported, ast.ImportFrom) and isinstance(called.value, ast.Call)
+def test_the_hosts_list_and_validator_say_what_the_menu_says(attached, tmp_path):
+    fileops = attached["fileops"]
+    assert fileops.getspfiles(32) == ["the host's own"], "no model of ours"
+    attached["load_model"](tiny_model("gptj"))
+    rows = np.full((3, 32), 1e39)  # more than float32 can hold
+    np.save(tmp_path / "softprompts" / "large.npy", rows)
+    assert [(each["filename"], each["n_tokens"]) for each in fileops.getspfiles(32)][:2] == [
+        ("large.npy", 3),
+        ("noir.zip", 4),
+    ]
+    file, *_, shape, _, _ = fileops.checksp("noir.zip", 32)
+    file.close()
+    assert shape == (4, 32)
+    for filename, why in {
+        "wide.zip": "made for 64 columns",
+        "gone.zip": "no soft prompt named",
+        "../noir.zip": "leads out of the folder",
+        "large.npy": "finite",
+    }.items():
+        with pytest.raises(ValidationError, match=why):
+            fileops.checksp(filename, 32)
 
 
-def test_arming_imports_nothing_heavy():
-    code = (
-        f"import sys; sys.path[:0] = [{str(REPOSITORY)!r}, {str(HOOK)!r}]\n"
-        "import kobold_sp_koboldai as ours; print(*sys.modules); ours.hook.undo()"
-    )
-    done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, timeout=30)
-    assert not {"numpy", "torch", "flask", "socketio", "watchdog"} & set(done.stdout.decode().split())
+@pytest.fixture
+def texts(attached):
+    """What the attached host writes with each soft prompt selected."""
+    attached["load_model"](tiny_model("gptj"))
+    texts = {}
+    for filename in ("noir.zip", "space.zip", ""):
+        attached["spRequest"](filename)
+        texts[filename] = attached["calcsubmit"](PROMPT)
+    return texts
+
+
+def test_a_generation_keeps_what_its_budget_was_counted_with(attached, texts):
+    seen = []
+
+    def meanwhile():
+        attached["spRequest"]("noir.zip")
+        seen.append((attached["vars"].spfilename, attached["vars"].sp_length))
+
+    attached["spRequest"]("space.zip")
+    attached.meanwhile = meanwhile
+    assert attached["calcsubmit"](PROMPT) == texts["space.zip"]
+    assert seen == [("noir.zip", 6)] and attached["vars"].sp_length == 4
+
+
+def test_a_request_reads_its_own_soft_prompt_and_touches_nobodys(attached, texts):
+    attached["spRequest"]("space.zip")
+    saved = list(attached.saved)
+    lengths = []
+    attached.meanwhile = lambda: lengths.append(attached["vars"].sp_length)
+    for filename, text in (("noir.zip", texts["noir.zip"]), (" ", texts[""]), (None, texts["space.zip"])):
+        body = types.SimpleNamespace(prompt=PROMPT, soft_prompt=filename)
+        assert attached["_generate_text"](body) == text
+    assert lengths == [4, 0, 6]
+    assert attached.session.selection == ("space.zip",) and attached.saved == saved
+    attached.meanwhile = lambda: attached["spRequest"]("noir.zip")
+    assert attached["_generate_text"](types.SimpleNamespace(prompt=PROMPT, soft_prompt="")) == texts[""]
+    assert attached.session.selection == ("noir.zip",), "the user's choice outlives the request"
+
+
+def test_a_request_that_fails_leaves_everything_as_it_was(attached, texts):
+    attached["spRequest"]("space.zip")
+    with pytest.raises(ValidationError, match="no soft prompt named"):
+        attached["_generate_text"](types.SimpleNamespace(prompt=PROMPT, soft_prompt="gone.zip"))
+    attached.meanwhile = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        attached["_generate_text"](types.SimpleNamespace(prompt=PROMPT, soft_prompt="noir.zip"))
+    assert (attached["vars"].spfilename, attached["vars"].sp_length) == ("space.zip", 6)
+    attached.meanwhile = lambda: None
+    assert attached["calcsubmit"](PROMPT) == texts["space.zip"], "the host's own error is no reason to leave it"
+
+
+def test_a_request_that_the_host_will_refuse_changes_nothing_for_the_one_under_way(attached, texts):
+    body = types.SimpleNamespace(prompt=PROMPT, soft_prompt="noir.zip")
+    attached["vars"].aibusy = True
+    attached["_generate_text"](body)
+    assert body.soft_prompt == "noir.zip"
+
+
+@pytest.mark.parametrize("backend", sorted(REFUSALS))
+def test_a_backend_that_takes_none_says_why(attached, backend):
+    attached["vars"].model = backend
+    attached["load_model"](None)
+    assert {entry.reason for entry in attached.session.entries()} == {REFUSALS[backend]}
+    assert attached["vars"].allowsp is False and attached["fileops"].getspfiles(-1) == []
+    with pytest.raises(ValidationError, match=REFUSALS[backend]):
+        attached["spRequest"]("noir.zip")
+    attached["spRequest"](" ")
+
+
+def test_a_backend_of_the_hosts_own_kind_stays_the_hosts(attached):
+    attached["vars"].model = TPU[0]
+    attached["load_model"](None)
+    assert attached.session.engine is None and attached["fileops"].getspfiles(32) == ["the host's own"]
+    attached["vars"].sp_length = 9  # the host has selected
+    attached.meanwhile = lambda: lengths.append(attached["vars"].sp_length)
+    attached["generator"], lengths = lambda ids, **settings: ids, []
+    attached["calcsubmit"](PROMPT)
+    attached["_generate_text"](types.SimpleNamespace(prompt=PROMPT, soft_prompt="x.zip"))
+    assert lengths == [9, 9] and attached["vars"].sp_length == 9
+
+
+def test_soft_prompts_on_a_google_drive_are_found(tmp_path, monkeypatch):
+    drive, own = tmp_path / "drive", tmp_path / "softprompts"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(attachment, "DRIVE", drive)
+    assert attachment.softprompts_folder() == own
+    drive.mkdir()
+    assert attachment.softprompts_folder() == drive
+    own.symlink_to(drive)  # as the notebooks do it
+    assert attachment.softprompts_folder() == drive
+    softprompt(1).save(drive / "noir.zip")
+    assert attachment.softprompts_folder() == own
+    own.unlink()
+    own.mkdir()
+    softprompt(2).save(own / "mine.zip")
+    assert attachment.softprompts_folder() == own
+
+
+def absent(module):
+    """A module of ours cannot be imported; the hook's are imported anew, as at a start."""
+
+    def inject(monkeypatch, host):
+        for name in ("attachment", "client", "united"):
+            known = importlib.import_module(f"kobold_sp_plugin.hosts.koboldai.{name}")
+            monkeypatch.delitem(sys.modules, known.__name__)
+            monkeypatch.setattr(koboldai, name, known)  # which importing it anew would leave another
+        monkeypatch.setitem(sys.modules, module, None)
+
+    return inject
+
+
+def failing(path):
+    """A function of ours raises what nobody expects."""
+
+    def inject(monkeypatch, host):
+        def fail(*args, **kwargs):
+            raise RuntimeError("injected")
+
+        monkeypatch.setattr(path, fail)
+
+    return inject
+
+
+def without(name):
+    return lambda monkeypatch, host: host.pop(name)
+
+
+def another(function):
+    """The same with one more parameter."""
+    return lambda body, kind="": function(body)
+
+
+FAULTS = {
+    # The host is another: it is left alone.
+    "no getmodelname": without("getmodelname"),
+    "no settingschanged": without("settingschanged"),
+    "no ValidationError": without("ValidationError"),
+    "another _generate_text": lambda monkeypatch, host: host.update(_generate_text=another(host["_generate_text"])),
+    "no genseqs": lambda monkeypatch, host: delattr(host["vars"], "genseqs"),
+    # Ours cannot start.
+    "our session is gone": absent("kobold_sp_plugin.session"),
+    "our menu is gone": absent("kobold_sp_plugin.menu"),
+    "our client is gone": absent("kobold_sp_plugin.hosts.koboldai.client"),
+    "no watcher can be started": failing("kobold_sp_plugin.session.Session.watch"),
+    "no relay can be started": failing("flask_socketio.SocketIO.start_background_task"),
+    "a seam cannot be patched": failing("kobold_sp_plugin.hosts.koboldai.attachment.patch"),
+    # An adapter fails while the host runs.
+    "the old model is not let go": failing("kobold_sp_plugin.hosts.koboldai.client.Client._let_go"),
+    "the new model is not shown": failing("kobold_sp_plugin.hosts.koboldai.client.Client._loaded"),
+    "our engine is gone": absent("kobold_sp_plugin.engines.transformers"),
+    "the model is not attached": failing("kobold_sp_plugin.engines.transformers.attach"),
+    "nothing can be selected": failing("kobold_sp_plugin.session.Session.select"),
+    "nothing can be listed": failing("kobold_sp_plugin.session.Session.refresh"),
+    "nothing can be checked": failing("kobold_sp_plugin.session.Session.softprompt"),
+    "no budget can be shown": failing("kobold_sp_plugin.hosts.koboldai.client.Client._show_length"),
+    "no turn can be had": failing("kobold_sp_plugin.engines.transformers.TransformersEngine.override"),
+    "no client is greeted": failing("kobold_sp_plugin.menu.Menu.connected"),
+    "no message is understood": failing("kobold_sp_plugin.menu.Menu.message"),
+    "the status line fails": failing("kobold_sp_plugin.menu.Menu.status_line"),
+    "no script for the page": failing("pathlib.Path.read_text"),
+}
+
+
+def use(host):
+    """All that the hook takes part in, as the host does it; what it writes with nothing selected."""
+    model = tiny_model("gptj")
+    host["load_model"](model, then=lambda: host["spRequest"](""))
+    handlers = host["socketio"].server.handlers["/"]
+    handlers["connect"]("a client")
+    for command in ("splistrequest", "spselect", "sprequest", "submit"):
+        handlers["message"]("a client", {"cmd": command, "data": ""})
+    host["fileops"].getspfiles(32)
+    with contextlib.suppress(ValidationError):
+        host["fileops"].checksp("noir.zip", 32)
+    host["emit"]("from_server", {"cmd": "spstatitems", "data": {}})
+    assert "the page" in host["app"].view_functions["index"]()
+    return [host["calcsubmit"](PROMPT), host["_generate_text"](types.SimpleNamespace(prompt=PROMPT, soft_prompt=""))]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_whatever_of_ours_fails_the_host_works_and_one_line_says_why(fault, in_process, monkeypatch, caplog):
+    host = in_process
+    host["spRequest"] = lambda filename: None
+    expected = use(host)
+    FAULTS[fault](monkeypatch, host)
+    before = host.snapshot()
+    caplog.set_level(logging.INFO)
+    attachment = koboldai.attach_or_say_why_not(host)
+    try:
+        assert str(use(host)) == str(expected)
+        assert host.snapshot() == before, "it has left the host"
+    finally:
+        if attachment is not None:
+            attachment.undo()
+    why = [line for line in caplog.messages if "of this host: " in line or "leaves this host: " in line]
+    assert len(why) == 1, caplog.messages

@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import sys
+import types
 import zipfile
 
 import numpy as np
@@ -18,7 +19,8 @@ import torch
 from eventlet import tpool
 from flask import Flask, request
 from flask_session import Session
-from flask_socketio import SocketIO, emit
+from flask_socketio import SocketIO
+from flask_socketio import emit as _emit
 from torch.nn import Embedding
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -40,6 +42,24 @@ class vars:  # the host's own name for it
     spselect = ""
     max_length = 128
     genamt = 12
+    aibusy = False
+    genseqs = ()
+
+
+class ValidationError(ValueError):
+    pass
+
+
+@app.errorhandler(ValidationError)
+def invalid(error):
+    return {"detail": error.args[0]}, 422
+
+
+def emit(*args, **kwargs):
+    try:
+        return _emit(*args, **kwargs)
+    except AttributeError:
+        return socketio.emit(*args, **kwargs)
 
 
 def getmodelname():
@@ -84,11 +104,26 @@ def spRequest(filename):
     settingschanged()
 
 
-def getsplist():
+def getspfiles(model_dimension):
     rows = [(filename, *read(filename)) for filename in sorted(os.listdir("softprompts"))]
-    fitting = [dict(meta, filename=filename, n_tokens=len(tensor)) for filename, tensor, meta in rows
-               if tensor.shape[1] == vars.modeldim]  # fmt: skip
-    emit("from_server", {"cmd": "buildsp", "data": fitting})
+    return [dict(meta, filename=filename, n_tokens=len(tensor)) for filename, tensor, meta in rows
+            if tensor.shape[1] == model_dimension]  # fmt: skip
+
+
+def checksp(filename, model_dimension):
+    try:
+        file = zipfile.ZipFile("softprompts/" + filename)
+    except OSError:
+        return 1, None, None, None, None
+    return file, (1, 0), (0, model_dimension), False, np.dtype("f4")
+
+
+fileops = types.ModuleType("fileops")
+fileops.getspfiles, fileops.checksp = getspfiles, checksp
+
+
+def getsplist():
+    emit("from_server", {"cmd": "buildsp", "data": fileops.getspfiles(vars.modeldim)})
 
 
 def load_model(path):
@@ -129,10 +164,11 @@ def _generate(ids):
     return tokenizer.decode(rows[0, ids.shape[1] :])
 
 
-def submit(text):
+def calcsubmit(txt):
     """The continuation of as much of the text's end as there is room for."""
-    ids = tokenizer(text)["input_ids"]
-    return tpool.execute(_generate, ids[-(vars.max_length - vars.sp_length - vars.genamt) :])
+    ids = tokenizer(txt)["input_ids"]
+    room = vars.max_length - vars.sp_length - vars.genamt
+    return tpool.execute(_generate, ids[-room:])
 
 
 @socketio.on("connect")
@@ -156,17 +192,57 @@ def get_message(message):
         load_model(data)
         emit("from_server", {"cmd": "show_model_name", "data": getmodelname()})
     elif command == "submit":
-        emit("from_server", {"cmd": "updatescreen", "data": submit(data)})
+        emit("from_server", {"cmd": "updatescreen", "data": calcsubmit(data)})
+
+
+def soft_prompt_validator(soft_prompt):
+    if soft_prompt.strip():
+        if not vars.allowsp:
+            raise ValidationError("no soft prompts with this backend")
+        file, *_ = fileops.checksp(soft_prompt.strip(), vars.modeldim)
+        if isinstance(file, int):
+            raise ValidationError("no such soft prompt")
+        file.close()
+
+
+def _generate_text(body):
+    if vars.aibusy:
+        return {"detail": "busy"}, 503
+    vars.aibusy = True
+    try:
+        if body.soft_prompt is not None:
+            before = vars.spfilename
+            spRequest(body.soft_prompt)
+        return {"results": [{"text": calcsubmit(body.prompt)}]}
+    finally:
+        if body.soft_prompt is not None:
+            spRequest(before)
+        vars.aibusy = False
 
 
 @app.route("/api/v1/generate", methods=["POST"])
 def generate():
-    body, before = request.get_json(), vars.spfilename
-    spRequest(body["soft_prompt"])
-    try:
-        return {"results": [{"text": submit(body["prompt"])}]}
-    finally:
-        spRequest(before)
+    body = types.SimpleNamespace(**{"soft_prompt": None, **request.get_json()})
+    soft_prompt_validator(body.soft_prompt or "")
+    return _generate_text(body)
+
+
+@app.route("/api/v1/config/soft_prompt", methods=["PUT"])
+def put_soft_prompt():
+    value = request.get_json()["value"]
+    soft_prompt_validator(value)
+    spRequest(value)
+    return {}
+
+
+@app.route("/api/v1/config/soft_prompts_list")
+def soft_prompts_list():
+    return {"values": [{"value": each["filename"]} for each in fileops.getspfiles(vars.modeldim)]}
+
+
+@app.route("/")
+def index():
+    return "<html><body>the page</body></html>"
 
 
 if __name__ == "__main__":

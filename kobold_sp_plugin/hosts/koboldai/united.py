@@ -1,0 +1,468 @@
+"""KoboldAI United: what is hooked there, as data, and what our side of each seam does.
+
+United's variables emit when they are set, each from the thread that sets it. Ours are therefore set without a
+sound, and sent by the menu's relay alone, as in every host.
+"""
+
+import contextlib
+import html
+import io
+import logging
+import sys
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Tuple
+from urllib.parse import parse_qs
+
+from ...errors import HostError, SoftPromptError
+from ...menu import OLD_UI, UI2, described
+from ...patching import patch
+from .attachment import Attachment, Elsewhere, Seam, events_of, shown
+
+log = logging.getLogger(__name__)
+
+UNITED: Tuple[Seam, ...] = (
+    Seam("function", "load_model", "Lets the old model go before, and takes the new one in after.", "_load_model"),
+    Seam(
+        "function",
+        "spRequest",
+        "Selects in the session, which checks before it changes anything; the HTTP API and scripts call it.",
+        "_select",
+        ("filename",),
+    ),
+    Seam(
+        "function",
+        "fileops.getspfiles",
+        "Lists what the session lists and can use; for the HTTP API.",
+        "_list",
+        ("model_dimension",),
+    ),
+    Seam(
+        "function",
+        "fileops.checksp",
+        "Checks as selecting would, and answers with our reason; for the HTTP API's validator.",
+        "_check",
+        ("filename", "model_dimension"),
+    ),
+    Seam("function", "valid_softprompt", "Asks the session instead of opening the file.", "_is_usable", ("file",)),
+    Seam(
+        "function",
+        "get_softprompt_desc",
+        "Takes the name and the description from the session's entry; the host's own fails where a file has none.",
+        "_describe",
+        ("item_full_path", "item", "valid_selection"),
+    ),
+    Seam(
+        "function",
+        "_generate_text",
+        "Has a request of the HTTP API read its own soft prompt, which nobody's selection changes, nor it theirs.",
+        "_answer_request",
+        ("body",),
+    ),
+    Seam(
+        "function",
+        "calcsubmit",
+        "Fixes what a generation reads before its budget is counted, until it ends.",
+        "_submit",
+        ("txt", "gen_mode"),
+    ),
+    Seam("function", "loadJSON", "Reads the folder again with a story, and sends the menu again.", "_load_story"),
+    Seam("function", "emit", "Escapes file names in the host's own status line; its page does not.", "_host_emit"),
+    Seam(
+        "function",
+        "koboldai_settings.system_settings.to_json",
+        "Writes the choice that the user made last as `spfilename`: the host reads it back at the next start, and "
+        "then forgets it.",
+        "_save",
+        ("self",),
+    ),
+    Seam("function", "settingschanged", "Called after a choice, so that the host remembers it."),
+    Seam("function", "ValidationError", "Raised with our reason where the host's API answers 422 for it."),
+    Seam("function", "koboldai_vars.calc_ai_text", "Called where the selection changes: the page's context bar."),
+    Seam(
+        "value", "koboldai_settings.multi_story", "Where stories have rooms of their own, the bar waits for the host."
+    ),
+    Seam("value", "model_backends", "The backends by name, each with the methods of the table below."),
+    Seam("value", "socketio", "Emits, and runs the menu's relay in a green thread."),
+    Seam("value", "koboldai_vars.model", "The model's name in the menu."),
+    Seam("value", "koboldai_vars.max_length", "The context that a generation without an end of its own is held to."),
+    Seam("value", "koboldai_vars.aibusy", "Tells that a request of the HTTP API will be refused."),
+    Seam("value", "koboldai_vars.genseqs", "The same, while the user has to choose between several texts."),
+    Seam("value", "koboldai_vars._system_settings", "Holds the variables below."),
+    Seam("value", "koboldai_vars._system_settings.sp", "Stays None: the host prepends nothing by itself."),
+    Seam("value", "koboldai_vars._system_settings.sp_length", "Set to the tokens in use: every budget subtracts it."),
+    Seam("value", "koboldai_vars._system_settings.spfilename", "Set to the selected file, the first of several."),
+    Seam("value", "koboldai_vars._system_settings.spname", "Set to its name."),
+    Seam("value", "koboldai_vars._system_settings.spmeta", "Set to what the old page's status line shows of it."),
+    Seam("value", "koboldai_vars._system_settings.splist", "Set to all files; those that cannot be used say why."),
+    Seam("value", "koboldai_vars._system_settings.allowsp", "Set to whether the model takes soft prompts."),
+    Seam("event", "connect", "Sends a new client the menu's state, after the host's own greeting.", "_connect"),
+    Seam("event", "message", "Answers the old page's three commands; all others are the host's.", "_message"),
+    Seam("event", "load_softprompt", "Selects, and answers the client that asked.", "_load_softprompt"),
+    Seam("event", "sp_list_refresh", "Reads the folder again and answers the client that asked.", "_refresh"),
+    Seam("event", "load_softprompt_list", "Sends the popup, with names where the host sends paths.", "_popup"),
+    Seam("view", "index", "Adds a script to the old page: an open menu follows the folder.", "_page"),
+)
+
+BACKEND: Tuple[Seam, ...] = (
+    Seam(
+        "function",
+        "unload",
+        "Lets the model go before the host empties every tensor of the process; and its stopping rules, which the host "
+        "would ask of the next model too.",
+        "_unload",
+    ),
+    Seam(
+        "function",
+        "core_generate",
+        "Gives what was fixed to the thread that generates, in its turn.",
+        "_run_model",
+    ),
+    Seam(
+        "function",
+        "raw_generate",
+        "Keeps soft prompts out of what is generated beside the story, as the host does.",
+        "_generate_aside",
+    ),
+    Seam(
+        "function",
+        "_raw_generate",
+        "Holds soft tokens, text and what is generated to the context, where the host asks for more.",
+        "_generate_in_context",
+    ),
+    Seam(
+        "function",
+        "patch_embedding",
+        "Left out: it would patch every embedding of the process for good. Only some backends have it.",
+        "_patch_embedding",
+    ),
+)
+"""Methods of every backend, by their bare names."""
+
+REFUSALS = {
+    "Read Only": "no model is loaded",
+    "KoboldAI API": "the model runs in another KoboldAI, which is sent text only; select the soft prompt there",
+    "KoboldAI Old Colab Method": "the model runs in a notebook, which takes text only",
+    "Horde": "the Horde's workers take text only",
+    "OpenAI": "the service takes text only",
+    "GooseAI": "the service takes text only",
+    "KoboldCPP": "koboldcpp, which runs GGUF files, takes text only",
+    "ExLlama": "ExLlama embeds token ids in code of its own",
+    "ExLlama V2": "ExLlamaV2 embeds token ids in code of its own",
+}
+"""Why a backend takes no soft prompts, by its name."""
+
+_COMMANDS = ("splistrequest", "spselect", "sprequest")
+_OPTIONAL = ("patch_embedding",)
+_PAGES = {"1": (OLD_UI,), "2": (UI2,)}
+_FOLDER = "./softprompts/"
+_SCRIPT = Path(__file__).with_name("client.js")
+
+
+class United(Attachment):
+    """United, attached."""
+
+    SEAMS = UNITED
+
+    def __init__(self, host: Dict[str, Any]):
+        self._variables = host["koboldai_vars"]
+        self._system = vars(self._variables._system_settings)
+        self._hosts_own = False
+        """Whether the backend is a TPU's, which the host gives soft prompts with code of its own."""
+        saved = self._system["spfilename"]
+        self._remembered: Tuple[str, ...] = (saved,) if isinstance(saved, str) and saved.strip() else ()
+        """What the user chose last, whether or not the model in use can take it."""
+        self._script = f"<script>\n{_SCRIPT.read_text(encoding='utf-8')}</script>\n"
+        missing = [
+            f"the backend {name!r} has no {seam.name}"
+            for name, backend in host["model_backends"].items()
+            for seam in BACKEND
+            if seam.name not in _OPTIONAL and not callable(getattr(backend, seam.name, None))
+        ]
+        if missing or not host["model_backends"]:
+            raise HostError(f"this is not a KoboldAI that the hook knows: {'; '.join(missing) or 'no backends'}")
+        super().__init__(host)
+        self.answers += (host["ValidationError"],)
+        self._show_none()
+        self._system["allowsp"] = False
+
+    def undo(self) -> None:
+        """Leave the host: every seam is its own again, and so is the model, which gets the host's own patch."""
+        from ...soft_tokens import attach as attach_soft_tokens
+
+        backend, is_ours, engine = self._host.get("model"), self._serves, self._engine
+        super().undo()
+        model = _model_of(backend)
+        if engine is not None and model is not None:
+            attach_soft_tokens(model).detach()
+        if is_ours:
+            self._show_none()
+            takes_it = model is not None and hasattr(backend, "patch_embedding")
+            self._system["allowsp"] = takes_it
+            if takes_it:
+                backend.patch_embedding()
+
+    def _hook(self) -> None:
+        events = events_of(self._host)
+        if "disconnect" not in events:  # United has no handler of its own
+            events["disconnect"] = lambda *_: None
+            self._undo.callback(events.pop, "disconnect", None)
+        self._undo.callback(patch(events, "disconnect", self._disconnect).undo)
+        for backend in {type(each) for each in self._host["model_backends"].values()}:
+            for seam in BACKEND:
+                if hasattr(backend, seam.name):
+                    self._undo.callback(patch(backend, seam.name, self._guarded(seam)).undo)
+        super()._hook()
+
+    @property
+    def _serves(self) -> bool:
+        return not self._hosts_own
+
+    # The loader
+
+    def _unload(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with contextlib.ExitStack() as unloading:
+            self._let_go(unloading)
+            result = original(*args, **kwargs)
+        core = getattr(sys.modules.get("modeling.inference_model"), "use_core_manipulations", None)
+        if core is not None:
+            core.get_stopping_criteria = None  # "Basic Huggingface" sets none, and fails with another backend's
+        return result
+
+    def _load_model(self, original: Callable[..., Any], model_backend: str, *args: Any, **kwargs: Any) -> Any:
+        refusal = "this model could not be loaded"
+        with contextlib.ExitStack() as self._loading:
+            try:
+                self._let_go(self._loading)
+                result = original(model_backend, *args, **kwargs)
+                refusal = ""
+                return result
+            finally:
+                self._loading = None
+                self._loaded(model_backend, refusal)
+
+    def _loaded(self, backend_name: str, refusal: str) -> None:
+        """Take in what the host has loaded; where nothing is selected, select what the user chose last."""
+        backend = self._host.get("model")
+        self._hosts_own = not refusal and bool(backend.capabilties.uses_tpu)
+        if self._hosts_own:
+            self.session.use(None)
+            return
+        self.session.use(self._engine_of(backend, backend_name, refusal))
+        if self.session.takes_softprompts and self._remembered and not self.session.selection:
+            try:
+                self.session.select(self._remembered)
+            except SoftPromptError as error:
+                self.session.clear(f"What was selected before cannot be used: {error}")
+                log.warning("What was selected before cannot be used: %s", error)
+        self._show(self.session.status())
+        self._send_all()
+
+    def _engine_of(self, backend: Any, backend_name: str, refusal: str) -> Any:
+        name, model = str(self._variables.model), _model_of(backend)
+        if not refusal and model is not None:
+            from ...engines.transformers import TransformersEngine
+
+            try:
+                return TransformersEngine(model, backend.tokenizer, name)
+            except SoftPromptError as error:
+                refusal = str(error)
+                log.warning("This model gets no soft prompts: %s", error)
+        return Elsewhere(name, refusal or REFUSALS.get(backend_name, f"the backend {backend_name} takes text only"))
+
+    def _patch_embedding(self, original: Callable[..., Any], backend: Any) -> None:
+        """Nothing: soft tokens are attached when the model is loaded."""
+
+    def _load_story(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        self.session.refresh()
+        self._send_all()
+        return result
+
+    # The selection
+
+    def _select(self, original: Callable[[str], Any], filename: str) -> Any:
+        if not self._serves:
+            return original(filename)
+        if self._loading is not None:
+            return None  # from settings of another release; what was chosen last is selected afterwards
+        try:
+            self.session.select(filename.strip())
+        except SoftPromptError as error:
+            raise self._host["ValidationError"](str(error)) from error
+        self._remember()
+        return None
+
+    def _remember(self) -> None:
+        """Have the host's settings hold what is selected now, which the user chose."""
+        if self.session.selection != self._remembered:
+            self._remembered = self.session.selection
+            self._host["settingschanged"]()
+
+    def _save(self, original: Callable[[Any], str], settings: Any) -> str:
+        if not self._serves:
+            return original(settings)
+        saved = object.__new__(type(settings))  # a copy: the host saves from a thread of its own
+        vars(saved).update(vars(settings), spfilename=self._remembered[0] if self._remembered else "")
+        return original(saved)
+
+    def _list(self, original: Callable[..., List[Dict[str, Any]]], model_dimension: int) -> List[Dict[str, Any]]:
+        if not self._serves:
+            return original(model_dimension)
+        self.session.refresh()
+        keys = ("filename", "name", "author", "supported", "n_tokens")
+        usable = [entry for entry in self.session.status()["entries"] if entry["usable"]]
+        return [{**{key: entry[key] for key in keys}, "description": described(entry)} for entry in usable]
+
+    def _check(self, original: Callable[..., Any], filename: str, model_dimension: int) -> Any:
+        if not self._serves:
+            return original(filename, model_dimension)
+        try:
+            softprompt = self.session.softprompt(filename[len(_FOLDER) :] if filename.startswith(_FOLDER) else filename)
+        except SoftPromptError as error:
+            raise self._host["ValidationError"](str(error)) from error
+        # As the host answers: an open file, the version of its tensor's header, shape, order and dtype.
+        return io.BytesIO(), (1, 0), softprompt.rows.shape, False, softprompt.rows.dtype
+
+    def _is_usable(self, original: Callable[[str], bool], file: str) -> bool:
+        if not self._serves:
+            return original(file)
+        entry = self._entry(file)
+        return entry is not None and entry["usable"]
+
+    def _describe(self, original: Callable[..., Any], item_full_path: str, item: Any, valid_selection: bool) -> Any:
+        if not self._serves:
+            return original(item_full_path, item, valid_selection)
+        entry = self._entry(item_full_path) if valid_selection else None
+        return [entry["name"], entry["description"]] if entry is not None else [None, None]
+
+    def _entry(self, path: str) -> Optional[Dict[str, Any]]:
+        """The session's entry of a file of the folder."""
+        if Path(path).absolute().parent != self.session.catalogue.folder.absolute():
+            return None
+        return next((each for each in self.session.status()["entries"] if each["filename"] == Path(path).name), None)
+
+    # Generations
+
+    def _submit(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self._generation(self.session.softprompts):
+            return original(*args, **kwargs)
+
+    def _answer_request(self, original: Callable[..., Any], body: Any) -> Any:
+        filename = getattr(body, "soft_prompt", None)
+        if self._engine is None or self._variables.aibusy or self._variables.genseqs:  # then it is refused
+            return original(body)
+        softprompts = self.session.softprompts
+        if filename is not None:
+            try:
+                softprompts = (self.session.softprompt(filename.strip()),) if filename.strip() else ()
+            except SoftPromptError as error:
+                raise self._host["ValidationError"]({"soft_prompt": [str(error)]}) from error
+            body.soft_prompt = None  # the host would select it, and select the user's again at the end
+        with self._generation(softprompts):
+            return original(body)
+
+    def _generate_aside(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        engine = self._engine
+        if engine is None or kwargs.get("is_core"):
+            return original(*args, **kwargs)
+        with engine.override(()):
+            return original(*args, **kwargs)
+
+    def _generate_in_context(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._engine is not None and self._n_tokens and self._variables.inference_config.do_core:
+            room = self._variables.max_length - self._n_tokens - len(kwargs["prompt_tokens"])
+            kwargs["max_new"] = max(1, min(kwargs["max_new"], room))
+        return original(*args, **kwargs)
+
+    # The host's variables
+
+    def _show(self, status: Dict[str, Any]) -> None:
+        if not self._serves:
+            return
+        variables = self.menu.variables()
+        variables["spmeta"] = shown(status) if status["selection"] else None
+        del variables["sp_length"]
+        self._system.update(variables)
+        self._show_length()
+
+    def _show_none(self) -> None:
+        self._system.update(spfilename="", spname="Not in Use", spmeta=None, sp=None)
+        self._show_length()
+
+    def _show_length(self) -> None:
+        self._system["sp_length"] = self._n_tokens
+
+    def _send_all(self) -> None:
+        """Send every client the menu's state: the host's own loader has sent some of it as it is no longer."""
+        for room in (OLD_UI, UI2):
+            self.menu.connected(room, (room,))
+
+    # The menu
+
+    def _emit(self, event: str, payload: Any, to: Optional[str]) -> None:
+        """Emit; where the soft prompts' length changes, have the host count the context for its bar again."""
+        if not self._serves and event != "softprompts":
+            return
+        super()._emit(event, payload, to)
+        if event == "from_server" and payload["cmd"] == "warnmsg":  # which the new page does not know
+            notice = {"title": "Soft prompts", "text": html.unescape(payload["data"])}  # and it inserts text as text
+            super()._emit("show_error_notification", notice, UI2)
+        if event == "var_changed" and payload["name"] == "sp_length" and to == UI2:
+            if not self._variables.aibusy and not self._host["koboldai_settings"].multi_story:
+                self._variables.calc_ai_text()
+
+    def _host_emit(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        payload = args[1] if len(args) > 1 else None
+        if isinstance(payload, dict) and payload.get("cmd") == "spstatitems" and self._serves:
+            args = (args[0], {**payload, "data": self.menu.status_line()}, *args[2:])
+        return original(*args, **kwargs)
+
+    def _connect(self, original: Callable[..., Any], client: str, environ: Any, *args: Any) -> Any:
+        answer = original(client, environ, *args)
+        query = parse_qs(environ.get("QUERY_STRING", ""))
+        if answer is not False and "rely" not in query:
+            self.menu.connected(client, _PAGES.get(query.get("ui", [""])[0], ()))
+        return answer
+
+    def _disconnect(self, original: Callable[..., Any], client: str, *args: Any) -> Any:
+        self.menu.disconnected(client)
+        return original(client, *args)
+
+    def _message(self, original: Callable[..., Any], client: str, *args: Any) -> Any:
+        payload = args[0] if args else None
+        command = payload.get("cmd") if isinstance(payload, dict) else None
+        if command not in _COMMANDS or not self._serves:
+            return original(client, *args)
+        return self._choose(self.menu.message, client, payload)
+
+    def _load_softprompt(self, original: Callable[..., Any], client: str, *args: Any) -> Any:
+        if not self._serves:
+            return original(client, *args)
+        return self._choose(self.menu.load_softprompt, client, *args[:1])
+
+    def _refresh(self, original: Callable[..., Any], client: str, *args: Any) -> Any:
+        return self.menu.sp_list_refresh(client) if self._serves else original(client, *args)
+
+    def _popup(self, original: Callable[..., Any], client: str, *args: Any) -> Any:
+        return self.menu.load_softprompt_list(client) if self._serves else original(client, *args)
+
+    def _choose(self, handler: Callable[..., None], *args: Any) -> None:
+        before = self.session.selection
+        handler(*args)
+        if self.session.selection != before:
+            self._remember()
+
+    def _page(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        page = original(*args, **kwargs)
+        return page.replace("</body>", f"{self._script}</body>", 1) if isinstance(page, str) else page
+
+
+def _model_of(backend: Any) -> Any:
+    """The transformers model of a backend, without what PEFT has put around it; None where there is none."""
+    import torch
+
+    model = getattr(backend, "model", None)
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    can_generate = hasattr(model, "generate") and hasattr(model, "get_input_embeddings")
+    return model if isinstance(model, torch.nn.Module) and can_generate else None
