@@ -296,7 +296,11 @@ def test_the_text_generation_webui_gets_an_extension(tmp_path, textgen_hook):
     install.install(folder)
     assert (folder / "extensions/soft_prompts/script.py").read_bytes() == b"# the extension\n"
     install.uninstall(folder)
-    (folder / "user_data").mkdir()
+    (folder / "user_data").mkdir()  # releases 3.2 to 3.6.1 have it, and look for no extensions in it
+    install.install(folder)
+    assert (folder / "extensions/soft_prompts/script.py").is_file()
+    install.uninstall(folder)
+    (folder / "user_data/extensions").mkdir()
     before = tree(folder)
     install.install(folder)
     assert (folder / "user_data/extensions/soft_prompts/script.py").is_file()
