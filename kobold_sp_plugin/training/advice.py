@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
 
 from ..errors import NoData
 from .files import write
-from .texts import DOCUMENT_END, decoded, files_of
+from .texts import DOCUMENT_END, decoded, files_of, in_order
 
 ADVISED_BYTES = 8_000_000
 """The guide's advice: at least 8 MB of text; less gives a soft prompt that knows little but its opening."""
@@ -122,10 +122,7 @@ def clean(path: Path, target: Path) -> List[Path]:
 
 def mend(document: str) -> str:
     """``document`` with its encoding, markup and line breaks put right; running it again changes nothing."""
-    import ftfy
-
-    text = ftfy.fix_text(document, unescape_html=True, normalization="NFC", uncurl_quotes=False)
-    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\u2028", "\n").replace("\u2029", "\n\n")
+    text = in_order(document).replace("\r\n", "\n").replace("\r", "\n").replace("\u2028", "\n").replace("\u2029", "\n\n")
     text = _MARKUP.sub("", _CONTROL.sub("", text))
     if _wrapped_lines(text):
         text = _unwrapped(text)

@@ -26,6 +26,8 @@ class Checkpoint(NamedTuple):
     history: List[Dict[str, float]]
     optimizer: Dict[str, Any]
     """Of the one parameter: arrays and numbers by name."""
+    batch_tokens: int
+    """Of the batches until now."""
 
 
 def save(checkpoint: Checkpoint, folder: Path) -> None:
@@ -38,7 +40,7 @@ def save(checkpoint: Checkpoint, folder: Path) -> None:
         else:
             numbers[name] = value
     rest = checkpoint._asdict()
-    about = {key: rest[key] for key in ("about", "step", "best_loss", "looks_since_best", "history")}
+    about = {key: rest[key] for key in ("about", "step", "best_loss", "looks_since_best", "history", "batch_tokens")}
     text = json.dumps({**about, "optimizer": numbers})
     arrays["json"] = np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
     write(folder / FILENAME, lambda file: np.savez(file, **arrays))
@@ -65,7 +67,14 @@ def load(folder: Path, about: Dict[str, Any]) -> Optional[Checkpoint]:
     differing = sorted(key for key in {*about, *checkpoint.about} if about.get(key) != checkpoint.about.get(key))
     if differing:
         raise CheckpointMismatch(
-            f"{path} is of another training: {', '.join(differing)} differ. Give back what it was trained with, or "
-            "move it away to train from the beginning."
+            f"{path} is of another training: {'; '.join(_told(key, checkpoint.about, about) for key in differing)}. "
+            "Give back what it was trained with, or move it away to train from the beginning."
         )
     return checkpoint
+
+
+def _told(key: str, was: Dict[str, Any], now: Dict[str, Any]) -> str:
+    """How one thing differs, in words; digests and fingerprints by their name only."""
+    if key in ("data", "model", "initial rows"):
+        return f"the {key} differ" + ("" if key in ("data", "initial rows") else "s")
+    return f"{key} was {was.get(key)!r}, is {now.get(key)!r}"

@@ -6,9 +6,11 @@ pieces of like length, so that little is padding.
 
 import hashlib
 import json
+import os
 import random
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Iterable, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Any, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -47,13 +49,24 @@ class Dataset:
 
     @classmethod
     def write(
-        cls, passages: Iterable[Passage], tokenizer: Any, folder: Path, block: int, newline: str = "\n"
+        cls,
+        passages: Iterable[Passage],
+        tokenizer: Any,
+        folder: Path,
+        block: int,
+        newline: str = "\n",
+        source: Optional[str] = None,
     ) -> "Dataset":
         """Tokenise ``passages`` into ``folder``; pieces of at most ``block`` tokens, the prefix included.
 
-        ``newline``: what a line break is for the model ("</s>" for fairseq models). Raises :class:`NoData`.
+        ``newline``: what a line break is for the model ("</s>" for fairseq models). ``source``: a digest of all that
+        this depends on; where ``folder`` holds what was made of the same, nothing is done. Raises :class:`NoData`.
         """
         folder.mkdir(parents=True, exist_ok=True)
+        if source is not None and cls._is_of(folder, source):
+            return cls(folder)
+        with suppress(FileNotFoundError):
+            os.unlink(folder / "tokens.json")  # without it nobody takes half of the other two for the whole
         prefix = prefix_of(tokenizer)
         room = max(1, block - len(prefix))
         dtype = np.dtype("<u2" if len(tokenizer) <= 2**16 else "<u4")
@@ -80,8 +93,16 @@ class Dataset:
             raise NoData("The data holds nothing to learn from: every document in it is empty.")
         digest.update(np.asarray(cuts, dtype="<i8").tobytes())
         about = {"dtype": dtype.str, "n_tokens": count, "prefix": list(prefix), "cuts": cuts, "documents": documents}
-        write_json(folder / "tokens.json", {**about, "digest": digest.hexdigest()})
+        write_json(folder / "tokens.json", {**about, "digest": digest.hexdigest(), "source": source})
         return cls(folder)
+
+    @staticmethod
+    def _is_of(folder: Path, source: str) -> bool:
+        try:
+            about = json.loads((folder / "tokens.json").read_text(encoding="utf-8"))
+            return bool(about["source"] == source)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     def __len__(self) -> int:
         return len(self._cuts) - 1
@@ -108,14 +129,20 @@ class Dataset:
             labels[row, columns] = np.where(self._learned[part], ids[row, columns], IGNORED)
         return Batch(ids, labels)
 
-    def split(self, share: float, seed: int) -> Tuple[List[int], List[int]]:
-        """The pieces to train on, and those held out: whole documents, or the last pieces where there is one only."""
+    def split(self, share: float, seed: int, most_tokens: int = 2**16) -> Tuple[List[int], List[int]]:
+        """The pieces to train on, and those held out, of at most about ``most_tokens``: looking at more tells no more.
+
+        Whole documents; the last pieces of all of them where there are too few (some books).
+        """
         documents = sorted(set(self._documents.tolist()))
         if not share or len(self) < 2:
             return list(range(len(self))), []
-        if len(documents) < 2:
-            first = len(self) - max(1, round(share * len(self)))
-            return list(range(first)), list(range(first, len(self)))
+        share = min(share, most_tokens / self.n_tokens)
+        if share * len(documents) < 0.5:
+            parts = [np.flatnonzero(self._documents == document).tolist() for document in documents]
+            last = sorted(piece for part in parts for piece in part[len(part) - round(share * len(part)) :])
+            last = last or [len(self) - 1]
+            return sorted(set(range(len(self))) - set(last)), last
         random.Random(f"held out:{seed}").shuffle(documents)
         held = set(documents[: max(1, round(share * len(documents)))])
         pieces: Tuple[List[int], List[int]] = ([], [])

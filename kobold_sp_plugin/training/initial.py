@@ -4,7 +4,8 @@ from typing import Any, Optional
 
 import numpy as np
 
-from ..errors import WidthMismatch
+from ..compatibility.matrix import matrix_of, rows_as_in_matrix
+from ..errors import UnknownScale, WidthMismatch
 from ..softprompt import SoftPrompt
 from .dataset import Dataset
 from .settings import Settings
@@ -21,10 +22,13 @@ def initial_rows(
     embedding = model.get_input_embeddings()
     rng = np.random.default_rng(settings.seed)
     if start_from is not None:
-        rows = start_from.rows
-        width = matrix_rows(embedding, [0]).shape[1]
-        if rows.shape[1] != width:
-            raise WidthMismatch(f"the soft prompt to start from has {rows.shape[1]} columns, this model has {width}")
+        matrix = matrix_of(model)
+        width = matrix.width
+        if start_from.width != width:
+            raise WidthMismatch(f"the soft prompt to start from has {start_from.width} columns, this model has {width}")
+        rows = rows_as_in_matrix(start_from, matrix)
+        if rows is None:
+            raise UnknownScale("rows as they leave the embedding module", "rows as stored in the matrix")
         return np.resize(rows, (settings.n_tokens, width)).astype(np.float32)
     if settings.initial == "vocabulary":
         # The first ids are the most frequent of most vocabularies; rare rows hardly left their initialisation.

@@ -57,7 +57,8 @@ def head_of(model: Any, ids: torch.Tensor) -> Optional[Tuple[Callable[..., Any],
             for softcap in dict.fromkeys(softcaps):
                 head = Head(weight.detach(), getattr(output, "bias", None), scale, softcap)
                 found = head.logits(hidden)
-                if found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-2, atol=1e-2):
+                # Of all logits together: in half precision single ones are off by more.
+                if found.shape == wanted.shape and (found - wanted).norm() <= 0.02 * wanted.norm():
                     return body, head
     return None
 

@@ -67,7 +67,16 @@ def passages(path: Path, tokenizer: Any = None) -> Iterator[Passage]:
         elif suffix == ".json":
             yield from _of_world_info(file)
         else:
-            yield from documents(decoded(file.read_bytes()).text, file.name)
+            yield from documents(in_order(decoded(file.read_bytes()).text), file.name)
+
+
+def in_order(text: str) -> str:
+    """``text`` without what a wrong encoding on its way has made of it; as it is where ftfy is not installed."""
+    try:
+        import ftfy
+    except ImportError:
+        return text
+    return str(ftfy.fix_text(text, unescape_html=True, normalization="NFC", uncurl_quotes=False))
 
 
 def documents(text: str, source: str = "") -> Iterator[Passage]:

@@ -1,17 +1,24 @@
 """Training: rows in float32 over a frozen model."""
 
+import hashlib
 import math
 import os
 import tempfile
 import time
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Union
 
 import numpy as np
 import torch
+import torch.utils.checkpoint
+import transformers
 
+from .. import __version__
 from ..compatibility import fingerprint
 from ..errors import Diverged, NoData, NotEnoughMemory
+from ..patching import patch
 from ..softprompt import OWN_KEY, Order, SoftPrompt
 from . import checkpoint
 from .checkpoint import Checkpoint
@@ -19,13 +26,15 @@ from .dataset import IGNORED, Batch, Dataset
 from .initial import initial_rows
 from .loss import cross_entropy, head_of
 from .settings import Settings
-from .texts import Passage, documents, passages
+from .texts import Passage, documents, files_of, in_order, passages
 from .trainable import TrainableRows
 
 Data = Union[Dataset, str, "os.PathLike[str]", Iterable[str]]
 """A file or folder, texts, or a data set that is tokenised already."""
 
 _CPU_BATCH_TOKENS = 2048
+_SAVE_SECONDS = 60.0
+"""A checkpoint at least this often; more often where ``save_every`` steps take less."""
 
 
 class Progress(NamedTuple):
@@ -91,10 +100,15 @@ class Training:
         self.dataset = (
             data
             if isinstance(data, Dataset)
-            else Dataset.write(_passages(data, tokenizer), tokenizer, folder, settings.block, newline)
+            else Dataset.write(
+                _passages(data, tokenizer), tokenizer, folder, settings.block, newline, _source(data, tokenizer, settings)
+            )
         )
         self._pieces, self._held = self.dataset.split(settings.held_out, settings.seed)
         self._start = len(self.dataset.prefix) if settings.order is Order.AFTER_BOS else 0
+        self.resumed_at: Optional[int] = None
+        """The step of the checkpoint that this goes on from."""
+        self._mid_step = False
         self._restore = _frozen(model, settings.checkpoint_layers)
         try:
             probe = torch.as_tensor(self.dataset.batch(self._pieces[:1]).ids[:, :64], device=_device_of(model))
@@ -103,12 +117,15 @@ class Training:
             self.rows = TrainableRows(model, rows)
             self._optimizer = _optimizer(self.rows.parameter, settings)
             self._about = {
-                "settings": settings.as_json(),
+                **settings.as_json(),
                 "data": self.dataset.digest,
                 "model": fingerprint(model),
-                "start": _digest(rows),
+                "initial rows": _digest(rows),
             }
-            self.batch_tokens = settings.batch_tokens or self._found_batch_tokens()
+            del self._about["save_every"]  # changes no rows
+            found = checkpoint.load(folder, self._about)
+            # What was found by trial stays: another machine, or a fuller one, would find another number.
+            self.batch_tokens = found.batch_tokens if found else settings.batch_tokens or self._found_batch_tokens()
             self.steps = settings.steps or self._default_steps()
             self._step = 0
             self._best = self.rows.parameter.detach().cpu().numpy().copy()
@@ -116,7 +133,8 @@ class Training:
             self._looks_since_best = 0
             self.history: List[Dict[str, float]] = []
             """One entry a step: "step", "loss", and "held_out" where it looked."""
-            self._resume()
+            if found is not None:
+                self._go_on_from(found)
         except BaseException:
             self.close()
             raise
@@ -132,10 +150,12 @@ class Training:
 
     def run(self) -> Iterator[Progress]:
         """Train to the end, saving as it goes; what was done is saved also when this ends early."""
-        begun, done, tokens = time.monotonic(), self._step, 0
         if self._held and self.best_loss is None and self._step == 0:
+            without = self.held_out_loss(with_rows=False)
             self._note_look(self.held_out_loss())
-            self.history.append({"step": 0, "held_out": float(self.best_loss or 0)})
+            self.history.append({"step": 0, "held_out": float(self.best_loss or 0), "without": without})
+        begun, done, tokens = time.monotonic(), self._step, 0
+        saved = begun
         batches = self._batches(self._step * self.settings.accumulate)
         try:
             while self._step < self.steps and not self._has_given_up():
@@ -148,20 +168,23 @@ class Training:
                     held_out = entry["held_out"] = self.held_out_loss()
                     self._note_look(held_out)
                 self.history.append(entry)
-                if self._step % self.settings.save_every == 0:
+                self._mid_step = False
+                if self._step % self.settings.save_every == 0 or time.monotonic() - saved > _SAVE_SECONDS:
                     self.save()
+                    saved = time.monotonic()
                 seconds = max(1e-9, time.monotonic() - begun)
                 left = seconds / (self._step - done) * (self.steps - self._step)
                 yield Progress(self._step, self.steps, loss, held_out, self.best_loss, tokens / seconds, left)
         finally:
-            self.save()
+            if not self._mid_step:  # an interruption inside a step leaves rows and optimizer at odds
+                self.save()
 
-    def held_out_loss(self) -> float:
-        """Nats per learned token of what is held out, with the rows as they are."""
+    def held_out_loss(self, with_rows: bool = True) -> float:
+        """Nats per learned token of what is held out, with the rows as they are, or without any."""
         total, count = 0.0, 0
         with torch.no_grad():
             for pieces in self.dataset.batches(self._held, self.batch_tokens, self.settings.n_tokens, "held out"):
-                loss, learned = self._loss(self.dataset.batch(pieces))
+                loss, learned = self._loss(self.dataset.batch(pieces), with_rows)
                 total += float(loss)
                 count += learned
         return total / max(1, count)
@@ -178,6 +201,7 @@ class Training:
             looks_since_best=self._looks_since_best,
             history=self.history,
             optimizer=state,
+            batch_tokens=self.batch_tokens,
         )
         checkpoint.save(now, self.folder)
 
@@ -191,8 +215,15 @@ class Training:
             "tokens": self.dataset.n_tokens,
             "steps": self._step,
             "settings": self.settings.as_json(),
+            "loss": self.history[-1].get("loss") if self.history else None,
+            "held_out_without": looks[0]["without"] if looks else None,
             "held_out_before": looks[0]["held_out"] if looks else None,
             "held_out_after": self.best_loss,
+            "versions": {
+                "kobold_sp_plugin": __version__,
+                "torch": str(torch.__version__),
+                "transformers": transformers.__version__,
+            },
         }
         own = {
             "order": self.settings.order.value,
@@ -208,28 +239,37 @@ class Training:
         for group in self._optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * share_of_rate(self._step, self.steps, self.settings)
         self._optimizer.zero_grad(set_to_none=True)
-        loaded = [self.dataset.batch(pieces) for pieces in batches]
-        count = max(1, sum(int((batch.labels != IGNORED).sum()) for batch in loaded))
-        total = 0.0
-        for batch in loaded:
-            loss, _ = self._loss(batch)
-            (loss / count).backward()
+        total, count = 0.0, 0
+        for pieces in batches:
+            loss, learned = self._loss(self.dataset.batch(pieces))
+            loss.backward()
             total += float(loss.detach())
-        if not math.isfinite(total):
+            count += learned
+        # Here, in float32, and not before: divided among all tokens, the gradients of a model in float16 would vanish.
+        gradient = self.rows.parameter.grad
+        assert gradient is not None
+        gradient.div_(max(1, count))
+        norm = float(torch.linalg.vector_norm(gradient))
+        if not math.isfinite(total) or not math.isfinite(norm):
             raise Diverged(
-                f"The loss is {total} at step {self._step + 1}. The best rows until then are kept; try a smaller "
-                "learning rate, or a model in float32 or bfloat16."
+                f"At step {self._step + 1} the loss is {total / max(1, count):.3g} and the gradient's norm {norm:.3g}. "
+                "The best rows until then are kept; try a smaller learning rate, or a model in float32 or bfloat16."
             )
-        if self.settings.clip:
-            torch.nn.utils.clip_grad_norm_([self.rows.parameter], self.settings.clip)
+        if self.settings.clip and norm > self.settings.clip:
+            gradient.mul_(self.settings.clip / norm)
+        self._mid_step = True
         self._optimizer.step()
-        return total / count, count
+        return total / max(1, count), count
 
-    def _loss(self, batch: Batch) -> "tuple[torch.Tensor, int]":
-        """The loss in nats, summed over the learned tokens, and how many there are."""
+    def _loss(self, batch: Batch, with_rows: bool = True) -> "tuple[torch.Tensor, int]":
+        """The loss in nats, summed over the learned tokens, and how many there are.
+
+        Without rows the first text token, which the last soft token would predict, is predicted by what stands before
+        it where anything does, and else is not counted.
+        """
         device = _device_of(self._model)
-        start, n_tokens = self._start, self.settings.n_tokens
-        with self.rows.read_by(self._model, start) as soft_id:
+        start, n_tokens = self._start, self.settings.n_tokens if with_rows else 0
+        with self.rows.read_by(self._model, start) if with_rows else nullcontext(0) as soft_id:
             text = torch.as_tensor(batch.ids, device=device)
             soft = text.new_full((len(text), n_tokens), soft_id)
             ids = torch.cat([text[:, :start], soft, text[:, start:]], dim=1)
@@ -313,10 +353,8 @@ class Training:
         else:
             self._looks_since_best += 1
 
-    def _resume(self) -> None:
-        found = checkpoint.load(self.folder, self._about)
-        if found is None:
-            return
+    def _go_on_from(self, found: Checkpoint) -> None:
+        self.resumed_at = found.step
         self._step, self._best, self.best_loss = found.step, found.best, found.best_loss
         self._looks_since_best, self.history = found.looks_since_best, found.history
         with torch.no_grad():
@@ -345,6 +383,20 @@ def _passages(data: Data, tokenizer: Any) -> Iterable[Passage]:
     return (passage for text in texts for passage in documents(text))
 
 
+def _source(data: Data, tokenizer: Any, settings: Settings) -> Optional[str]:
+    """A digest of the files, and of what their tokens depend on besides; None where the data are no files."""
+    if not isinstance(data, (str, os.PathLike)):
+        return None
+    words = getattr(tokenizer, "backend_tokenizer", None)
+    about = [words.to_str() if words is not None else sorted(tokenizer.get_vocab().items()), settings.block]
+    about += [getattr(tokenizer, "chat_template", None), in_order("&amp;"), tokenizer.eos_token_id]
+    digest = hashlib.sha256(repr(about).encode("utf-8", errors="surrogatepass"))
+    for file in files_of(Path(data)):
+        digest.update(hashlib.sha256(str(file).encode("utf-8", errors="surrogateescape")).digest())
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
 def _optimizer(parameter: torch.nn.Parameter, settings: Settings) -> Any:
     if settings.optimizer == "adafactor":
         from transformers.optimization import Adafactor
@@ -361,12 +413,11 @@ def _frozen(model: Any, checkpoint_layers: bool) -> Callable[[], None]:
     for parameter in learning:
         parameter.requires_grad_(False)
     model.eval()
-    if checkpoint_layers:
-        model.gradient_checkpointing_enable()
+    hooks = [patch(layer, "forward", _recomputed) for layer in _layers(model)] if checkpoint_layers else []
 
     def restore() -> None:
-        if checkpoint_layers:
-            model.gradient_checkpointing_disable()
+        for hook in hooks:
+            hook.undo()
         for parameter in learning:
             parameter.requires_grad_(True)
         for module in modes:
@@ -375,12 +426,26 @@ def _frozen(model: Any, checkpoint_layers: bool) -> Callable[[], None]:
     return restore
 
 
+def _layers(model: Any) -> Sequence[Any]:
+    """The model's layers: the longest list of modules of one class."""
+    lists = [list(each) for each in model.modules() if isinstance(each, torch.nn.ModuleList)]
+    return max((each for each in lists if len({type(layer) for layer in each}) == 1), key=len, default=[])
+
+
+def _recomputed(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """A layer that keeps nothing for the backward pass but its input.
+
+    The models' own gradient checkpointing is off in evaluation mode, and training mode would bring dropout.
+    """
+    if not torch.is_grad_enabled():
+        return original(*args, **kwargs)
+    return torch.utils.checkpoint.checkpoint(partial(original, **kwargs), *args, use_reentrant=False)
+
+
 def _device_of(model: Any) -> torch.device:
     device = model.get_input_embeddings().weight.device
     return torch.device("cpu") if device.type == "meta" else device
 
 
 def _digest(rows: np.ndarray) -> str:
-    import hashlib
-
     return hashlib.sha256(np.ascontiguousarray(rows).tobytes()).hexdigest()

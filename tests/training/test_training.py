@@ -6,9 +6,11 @@ import torch
 from models import FAMILIES, FAMILY, tiny_model, tiny_tokenizer
 
 from kobold_sp_plugin import SoftPrompt, attach, errors
+from kobold_sp_plugin.compatibility.matrix import matrix_of
 from kobold_sp_plugin.softprompt import OWN_KEY, Order
 from kobold_sp_plugin.training import Settings, Training, train
 from kobold_sp_plugin.training.dataset import Dataset
+from kobold_sp_plugin.training.initial import initial_rows
 from kobold_sp_plugin.training.texts import documents
 
 TEXTS = [f"The door opened and the rain came in. Nobody said a word; {word}." for word in "abcdefghijklmnop"]
@@ -93,7 +95,7 @@ def test_an_interrupted_training_resumes_to_the_same_rows(tokenizer, tmp_path, o
 
 def test_a_checkpoint_of_another_training_is_refused(tokenizer, tmp_path):
     train(tiny_model(FAMILY), tokenizer, TEXTS, QUICK, tmp_path)
-    with pytest.raises(errors.CheckpointMismatch, match="settings differ"):
+    with pytest.raises(errors.CheckpointMismatch, match="learning_rate was 0.1, is 0.2"):
         train(tiny_model(FAMILY), tokenizer, TEXTS, settings(learning_rate=0.2), tmp_path)
     with pytest.raises(errors.CheckpointMismatch, match="data"):
         train(tiny_model(FAMILY), tokenizer, TEXTS[1:], QUICK, tmp_path)
@@ -119,6 +121,72 @@ def test_gradient_checkpointing_and_accumulation_change_no_rows(tokenizer):
     one, other = (train(tiny_model(FAMILY), tokenizer, TEXTS, each) for each in (halves, whole))
     assert np.allclose(one.rows, other.rows, atol=1e-6)
     assert not np.allclose(plain.rows, other.rows, atol=1e-6)
+
+
+def test_gradient_checkpointing_keeps_less_for_the_backward_pass(tokenizer, tmp_path):
+    kept = {}
+    for checkpoint_layers in (False, True):
+        model = tiny_model(FAMILY)
+        training = Training(
+            model, tokenizer, TEXTS, settings(checkpoint_layers=checkpoint_layers), tmp_path / str(checkpoint_layers)
+        )
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, sizes=sizes: sizes.append(tensor.numel()) or tensor, lambda tensor: tensor
+        ):
+            training._loss(training.dataset.batch([0, 1, 2]))
+        training.close()
+        kept[checkpoint_layers] = sum(sizes)
+    assert kept[True] < 0.5 * kept[False]
+
+
+def test_a_model_in_float16_gets_the_gradient_of_float32(tokenizer, tmp_path):
+    gradients = []
+    for dtype in (torch.float32, torch.float16):
+        training = Training(tiny_model(FAMILY).to(dtype), tokenizer, TEXTS * 8, settings(batch_tokens=4000), tmp_path)
+        training._one_step([training._pieces])
+        gradients.append(training.rows.parameter.grad.flatten())
+        training.close()
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99
+
+
+def test_rows_that_leave_the_module_are_brought_to_the_matrix(tokenizer):
+    if "gemma2" not in FAMILIES:
+        pytest.skip("this release has no model that scales its embedding inside the module")
+    model = tiny_model("gemma2")
+    scale = matrix_of(model).scale
+    rows = np.ones((4, 32), np.float32)
+    found = initial_rows(model, tokenizer, QUICK, None, SoftPrompt(rows, scale="module"))
+    assert np.allclose(found, rows / scale)
+
+
+def test_an_interruption_inside_a_step_leaves_the_checkpoint_before_it(tokenizer, tmp_path):
+    wanted = train(tiny_model(FAMILY), tokenizer, TEXTS, QUICK)
+    training = Training(tiny_model(FAMILY), tokenizer, TEXTS, QUICK, tmp_path)
+    steps = training.run()
+    for _ in range(3):
+        next(steps)
+    step = training._optimizer.step
+
+    def interrupted():
+        step()
+        raise KeyboardInterrupt
+
+    training._optimizer.step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        next(steps)
+    training.close()
+    again = train(tiny_model(FAMILY), tokenizer, TEXTS, QUICK, tmp_path)
+    assert again.rows.tobytes() == wanted.rows.tobytes()
+
+
+def test_a_gradient_that_is_no_number_reaches_no_row(tokenizer, tmp_path):
+    training = Training(tiny_model(FAMILY), tokenizer, TEXTS, QUICK, tmp_path)
+    training.rows.parameter.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(errors.Diverged, match="smaller learning rate"):
+        list(training.run())
+    training.close()
+    assert np.isfinite(training.softprompt().rows).all()
 
 
 class TestDataset:
@@ -154,6 +222,28 @@ class TestDataset:
         kept, held = first
         assert sorted(kept + held) == list(range(len(dataset)))
         assert not {dataset._documents[piece] for piece in kept} & {dataset._documents[piece] for piece in held}
+
+    def test_of_some_books_the_ends_are_held_out_and_no_whole_book(self, tokenizer, tmp_path):
+        dataset = Dataset.write(documents("<|endoftext|>".join(["a " * 400, "b " * 800])), tokenizer, tmp_path, 16)
+        kept, held = dataset.split(0.1, 0)
+        assert 0.05 < len(held) / len(dataset) < 0.15
+        assert {dataset._documents[piece] for piece in held} == {0, 1} == {dataset._documents[piece] for piece in kept}
+
+    def test_no_more_is_held_out_than_is_looked_at(self, tokenizer, tmp_path):
+        dataset = Dataset.write(documents("<|endoftext|>".join(TEXTS * 10)), tokenizer, tmp_path, 16)
+        _, held = dataset.split(0.5, 0, most_tokens=400)
+        assert sum(map(dataset.length, held)) < 600
+
+    def test_files_are_tokenised_once_and_again_when_they_change(self, tokenizer, tmp_path):
+        (tmp_path / "a.txt").write_text("The door opened. " * 20, encoding="utf-8")
+        written = []
+        for text in (None, None, "The rain came in. " * 20):
+            if text:
+                (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+            train(tiny_model(FAMILY), tokenizer, tmp_path / "a.txt", settings(steps=1), tmp_path / "work")
+            (tmp_path / "work" / "checkpoint.npz").unlink()
+            written.append((tmp_path / "work" / "tokens.ids").stat().st_mtime_ns)
+        assert written[0] == written[1] != written[2]
 
     def test_batches_hold_every_piece_once_and_keep_to_their_size(self, tokenizer, tmp_path):
         dataset = Dataset.write(documents("<|endoftext|>".join(TEXTS)), tokenizer, tmp_path, 16)
