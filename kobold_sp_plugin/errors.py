@@ -53,6 +53,7 @@
         ├── DataNotUnderstood       a file of data that is not in a form that is known
         ├── NotEnoughMemory         no batch, not even of one text, fits
         ├── CheckpointMismatch      a checkpoint of another training
+        ├── AlreadyRunning          another process trains in the same folder
         └── Diverged                a loss that is no number any more
 """
 
@@ -279,6 +280,10 @@ class NotEnoughMemory(TrainingError):
 
 class CheckpointMismatch(TrainingError):
     """A checkpoint of a training on other data, another model or with other settings."""
+
+
+class AlreadyRunning(TrainingError):
+    """Another process trains in the same folder."""
 
 
 class Diverged(TrainingError):

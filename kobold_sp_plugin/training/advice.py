@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
 
 from ..errors import NoData
-from .files import write
+from ..formats.writing import write_file
 from .texts import DOCUMENT_END, decoded, files_of, in_order
 
 ADVISED_BYTES = 8_000_000
@@ -28,7 +28,8 @@ class Remark(NamedTuple):
     """One kind of trouble."""
 
     kind: str
-    count: int
+    times: int
+    """How often; of the size: bytes."""
     sentence: str
     mended: bool
     """Whether :func:`clean` does something about it."""
@@ -45,7 +46,7 @@ class Advice(NamedTuple):
 
 def advise(path: Path) -> Advice:
     """Look at the texts at ``path``, a file or a folder. Raises :class:`NoData`."""
-    found: Counter = Counter()
+    found: Dict[str, int] = Counter()
     examples: Dict[str, str] = {}
     seen: Dict[bytes, str] = {}
     files = files_of(path)
@@ -114,15 +115,16 @@ def clean(path: Path, target: Path) -> List[Path]:
         relative = file.name if path.is_file() else str(file.relative_to(path))
         copy = target / relative
         copy.parent.mkdir(parents=True, exist_ok=True)
-        data = content.encode("utf-8", errors="replace")
-        write(copy, lambda out, data=data: out.write(data))  # type: ignore[misc]
+        write_file(str(copy), content.encode("utf-8", errors="replace"))
         written.append(copy)
     return written
 
 
 def mend(document: str) -> str:
     """``document`` with its encoding, markup and line breaks put right; running it again changes nothing."""
-    text = in_order(document).replace("\r\n", "\n").replace("\r", "\n").replace("\u2028", "\n").replace("\u2029", "\n\n")
+    text = (
+        in_order(document).replace("\r\n", "\n").replace("\r", "\n").replace("\u2028", "\n").replace("\u2029", "\n\n")
+    )
     text = _MARKUP.sub("", _CONTROL.sub("", text))
     if _wrapped_lines(text):
         text = _unwrapped(text)
@@ -170,7 +172,7 @@ def _unwrapped(text: str) -> str:
 def _mojibake(text: str) -> int:
     import ftfy
 
-    return sum(ftfy.is_bad(line) for line in text.split("\n"))
+    return sum(ftfy.badness.is_bad(line) for line in text.split("\n"))
 
 
 _TROUBLES: Tuple[Tuple[str, str, Callable[[str], Any]], ...] = (

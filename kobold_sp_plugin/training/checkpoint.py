@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..errors import CheckpointMismatch
-from .files import write
+from ..formats.writing import replacing
 
 FILENAME = "checkpoint.npz"
 
@@ -43,7 +43,8 @@ def save(checkpoint: Checkpoint, folder: Path) -> None:
     about = {key: rest[key] for key in ("about", "step", "best_loss", "looks_since_best", "history", "batch_tokens")}
     text = json.dumps({**about, "optimizer": numbers})
     arrays["json"] = np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
-    write(folder / FILENAME, lambda file: np.savez(file, **arrays))
+    with replacing(str(folder / FILENAME)) as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def load(folder: Path, about: Dict[str, Any]) -> Optional[Checkpoint]:

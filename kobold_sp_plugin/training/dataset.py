@@ -15,7 +15,7 @@ from typing import Any, Iterable, Iterator, List, NamedTuple, Optional, Sequence
 import numpy as np
 
 from ..errors import NoData
-from .files import write_json
+from ..formats.writing import write_file
 from .texts import Passage
 
 IGNORED = -100
@@ -93,7 +93,8 @@ class Dataset:
             raise NoData("The data holds nothing to learn from: every document in it is empty.")
         digest.update(np.asarray(cuts, dtype="<i8").tobytes())
         about = {"dtype": dtype.str, "n_tokens": count, "prefix": list(prefix), "cuts": cuts, "documents": documents}
-        write_json(folder / "tokens.json", {**about, "digest": digest.hexdigest(), "source": source})
+        content = json.dumps({**about, "digest": digest.hexdigest(), "source": source})
+        write_file(str(folder / "tokens.json"), content.encode("utf-8"))
         return cls(folder)
 
     @staticmethod

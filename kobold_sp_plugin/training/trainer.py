@@ -101,7 +101,12 @@ class Training:
             data
             if isinstance(data, Dataset)
             else Dataset.write(
-                _passages(data, tokenizer), tokenizer, folder, settings.block, newline, _source(data, tokenizer, settings)
+                _passages(data, tokenizer),
+                tokenizer,
+                folder,
+                settings.block,
+                newline,
+                _source(data, tokenizer, settings),
             )
         )
         self._pieces, self._held = self.dataset.split(settings.held_out, settings.seed)
@@ -143,6 +148,11 @@ class Training:
     def step(self) -> int:
         """Steps that are done."""
         return self._step
+
+    @property
+    def openings_from(self) -> Sequence[int]:
+        """Pieces whose beginnings show best what was learned: those held out, else the others."""
+        return self._held or self._pieces
 
     def close(self) -> None:
         """Give the model back as it was."""

@@ -95,7 +95,7 @@ def test_an_interrupted_training_resumes_to_the_same_rows(tokenizer, tmp_path, o
 
 def test_a_checkpoint_of_another_training_is_refused(tokenizer, tmp_path):
     train(tiny_model(FAMILY), tokenizer, TEXTS, QUICK, tmp_path)
-    with pytest.raises(errors.CheckpointMismatch, match="learning_rate was 0.1, is 0.2"):
+    with pytest.raises(errors.CheckpointMismatch, match=r"learning_rate was 0\.1, is 0\.2"):
         train(tiny_model(FAMILY), tokenizer, TEXTS, settings(learning_rate=0.2), tmp_path)
     with pytest.raises(errors.CheckpointMismatch, match="data"):
         train(tiny_model(FAMILY), tokenizer, TEXTS[1:], QUICK, tmp_path)
