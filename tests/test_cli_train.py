@@ -100,9 +100,10 @@ class TestTrain:
         assert same[0] == same[1]
         assert (here / "mine" / "training" / "x" / "report.html").is_file()
 
-    def test_one_that_does_not_help_says_so(self, here, model_folder):
-        SoftPrompt(30 * np.random.default_rng(0).normal(size=(4, 32)).astype(np.float32)).save("noise.zip")
-        answer = train(model_folder, "--learning-rate", 1e-6, "--from", "noise.zip", steps=1)
+    def test_one_that_does_not_help_says_so_and_no_model_means_the_demonstration(self, here):
+        SoftPrompt(np.random.default_rng(0).normal(size=(4, 160)).astype(np.float32)).save("noise.zip")
+        arguments = ("--data", "texts", "--name", "Rain", "--steps", 1, "--learning-rate", 1e-6, "--from", "noise.zip")
+        answer = run("train", *arguments, *QUICK)
         assert answer.exit_code == 1
         assert "does not help" in answer.stdout
         assert "does not help" in Path("training/Rain/report.html").read_text(encoding="utf-8")

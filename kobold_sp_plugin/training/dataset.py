@@ -77,16 +77,19 @@ class Dataset:
                 ids, learned = _tokens(passage, tokenizer, newline)
                 if not any(learned):
                     continue
-                for start in range(0, len(ids), room):
-                    if not any(learned[start : start + room]):
+                # Parts of one length: cut at every block, the last one would be a few words out of nowhere.
+                parts = -(-len(ids) // room)
+                for number_of_part in range(parts):
+                    part = slice(len(ids) * number_of_part // parts, len(ids) * (number_of_part + 1) // parts)
+                    if not any(learned[part]):
                         continue
                     for file, values in (
-                        (ids_file, np.asarray(ids[start : start + room], dtype=dtype).tobytes()),
-                        (learned_file, np.asarray(learned[start : start + room], dtype=np.bool_).tobytes()),
+                        (ids_file, np.asarray(ids[part], dtype=dtype).tobytes()),
+                        (learned_file, np.asarray(learned[part], dtype=np.bool_).tobytes()),
                     ):
                         file.write(values)
                         digest.update(values)
-                    count += len(ids[start : start + room])
+                    count += part.stop - part.start
                     cuts.append(count)
                     documents.append(number)
         if not count:
@@ -112,6 +115,10 @@ class Dataset:
     def n_documents(self) -> int:
         """How many documents the pieces are of."""
         return len(np.unique(self._documents))
+
+    def is_beginning(self, piece: int) -> bool:
+        """Whether a piece is the beginning of its document."""
+        return piece == 0 or bool(self._documents[piece - 1] != self._documents[piece])
 
     def length(self, piece: int) -> int:
         """Tokens of a piece, those before it included."""

@@ -22,14 +22,7 @@ def initial_rows(
     embedding = model.get_input_embeddings()
     rng = np.random.default_rng(settings.seed)
     if start_from is not None:
-        matrix = matrix_of(model)
-        width = matrix.width
-        if start_from.width != width:
-            raise WidthMismatch(f"the soft prompt to start from has {start_from.width} columns, this model has {width}")
-        rows = rows_as_in_matrix(start_from, matrix)
-        if rows is None:
-            raise UnknownScale("rows as they leave the embedding module", "rows as stored in the matrix")
-        return np.resize(rows, (settings.n_tokens, width)).astype(np.float32)
+        return rows_of(start_from, model, settings.n_tokens)
     if settings.initial == "vocabulary":
         # The first ids are the most frequent of most vocabularies; rare rows hardly left their initialisation.
         ids = rng.choice(min(5000, len(tokenizer)), settings.n_tokens)
@@ -40,3 +33,19 @@ def initial_rows(
         piece = int(rng.choice(pieces or range(len(dataset))))
         ids = dataset.batch([piece]).ids[0, len(dataset.prefix) :]
     return matrix_rows(embedding, np.resize(np.asarray(ids), settings.n_tokens))
+
+
+def rows_of(softprompt: SoftPrompt, model: Any, n_tokens: int) -> np.ndarray:
+    """float32 ``[n_tokens, width]``, in the scale of the embedding matrix: its rows, again or only some where need be.
+
+    Raises :class:`WidthMismatch` or :class:`UnknownScale`.
+    """
+    matrix = matrix_of(model)
+    if softprompt.width != matrix.width:
+        raise WidthMismatch(
+            f"the soft prompt to start from has {softprompt.width} columns, this model has {matrix.width}"
+        )
+    rows = rows_as_in_matrix(softprompt, matrix)
+    if rows is None:
+        raise UnknownScale("rows as they leave the embedding module", "rows as stored in the matrix")
+    return np.resize(rows, (n_tokens, matrix.width)).astype(np.float32)

@@ -19,7 +19,8 @@ body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--page);
 padding:0 1rem}
 h1{margin-bottom:.2rem}h2{margin-top:2.2rem;font-size:1.15rem}p.answer{font-size:1.1rem}.dim{color:var(--dim)}
 table{border-collapse:collapse;width:100%}td,th{padding:.25rem .6rem .25rem 0;border-bottom:1px solid var(--line);
-text-align:left;vertical-align:top;overflow-wrap:anywhere}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
+text-align:left;vertical-align:top;overflow-wrap:anywhere}td:first-child,th:first-child{overflow-wrap:normal}
+td.n,th.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
 .pair{display:grid;grid-template-columns:1fr 1fr;gap:1rem;margin:1rem 0}
 .pair p{margin:0;white-space:pre-wrap;overflow-wrap:anywhere}
 @media (max-width:560px){.pair{grid-template-columns:1fr}}
@@ -102,8 +103,8 @@ def page(result: Result) -> str:
         for sample in result.samples:
             parts.append(
                 f"<p><strong>{_text(sample.opening[:300])}</strong></p><div class=pair>"
-                f"<div><span class=dim>with</span><p>{_text(sample.having[:2000])}</p></div>"
-                f"<div><span class=dim>without</span><p>{_text(sample.without[:2000])}</p></div></div>"
+                f"<div><span class=dim>with</span><p>{_text(sample.having[:2000].strip())}</p></div>"
+                f"<div><span class=dim>without</span><p>{_text(sample.without[:2000].strip())}</p></div></div>"
             )
     if result.nearest:
         parts.append("<h2>Tokens nearest to its rows</h2>")

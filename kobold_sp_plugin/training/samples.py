@@ -21,9 +21,9 @@ class Sample(NamedTuple):
 
 
 def openings(dataset: Dataset, pieces: Sequence[int], tokenizer: Any, count: int = 3) -> List[str]:
-    """The first words of some of these pieces: at best of what is held out, which no training has seen."""
-    found = []
-    for piece in pieces:
+    """The first words of some of these pieces, those first that begin a document."""
+    found: List[str] = []
+    for piece in sorted(pieces, key=lambda piece: not dataset.is_beginning(piece)):
         ids = dataset.batch([piece]).ids[0, len(dataset.prefix) :][:_OPENING_TOKENS]
         text = tokenizer.decode(ids.tolist(), skip_special_tokens=True).strip()
         text = text.rsplit(" ", 1)[0] if " " in text else text  # the last word may be half of one
