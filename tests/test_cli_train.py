@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from models import FAMILY, tiny_model, tiny_tokenizer
 
@@ -118,6 +119,32 @@ class TestTrain:
         found = json.loads(answer.stdout)
         assert SoftPrompt.load(found["softprompt"]).n_tokens == 6
         assert found["held_out_before"] == pytest.approx(before["held_out_after"], rel=1e-5)
+
+    @pytest.mark.parametrize("kind", ["mtj-softtuner's", "KoboldAI's", "two"])
+    def test_it_goes_on_from_the_checkpoints_of_earlier_tuners_and_mixes(self, here, model_folder, kind):
+        rows = np.random.default_rng(0).normal(size=(5, 32)).astype(np.float32)
+        if kind == "mtj-softtuner's":
+            with open("old.mtjsp", "wb") as file:
+                np.savez_compressed(file, tensor=rows, opt_state=np.array([{}], dtype=object), step=np.uint32(3))
+        elif kind == "KoboldAI's":
+            torch.save({"tensor": torch.tensor(rows), "opt_state": {}, "step": 3, "loss": 1.0}, "old.mtjsp")
+        else:
+            SoftPrompt(rows).save("old.mtjsp")
+        more = ("--from", "old.mtjsp") * (2 if kind == "two" else 1)
+        answer = run(
+            *("train", "--data", "texts", "--name", "More", "--model", model_folder, "--steps", 1, "--block", 32),
+            *("--batch-tokens", 120, "--learning-rate", 1e-6, "--json", *more),
+        )
+        found = SoftPrompt.load(json.loads(answer.stdout)["softprompt"])
+        assert np.allclose(found.rows, rows, atol=1e-4)
+        assert (found.metadata[OWN_KEY]["training"]["mixture"] is not None) == (kind == "two")
+
+    @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+    def test_the_model_is_loaded_in_the_precision_that_is_asked_for(self, here, model_folder, precision):
+        answer = train(model_folder, "--precision", precision, "--json")
+        assert answer.exit_code == 0, answer.output
+        found = SoftPrompt.load(json.loads(answer.stdout)["softprompt"])
+        assert found.metadata[OWN_KEY]["training"]["precision"] == precision
 
     def test_another_training_of_the_name_is_not_gone_on_from(self, here, model_folder):
         train(model_folder)

@@ -38,8 +38,9 @@ _LINE_SECONDS = 10.0
     "--from",
     "start_from",
     metavar="FILE",
+    multiple=True,
     type=click.Path(path_type=Path),
-    help="A soft prompt, or .mtjsp, to go on from.",
+    help="A soft prompt, or .mtjsp, to start from; of several a mixture is trained.",
 )
 @click.option("--block", type=int, help="Longest text that is read at once, in tokens. [default: 256]")
 @click.option("--batch-tokens", type=int, help="Tokens of one forward pass. [default: found by trial]")
@@ -66,7 +67,7 @@ def train(
     tokens: Optional[int],
     learning_rate: Optional[float],
     initial_text: str,
-    start_from: Optional[Path],
+    start_from: Tuple[Path, ...],
     block: Optional[int],
     batch_tokens: Optional[int],
     accumulate: int,
@@ -230,15 +231,15 @@ def _settings(**given: Any) -> Any:
     return Settings(**{key: value for key, value in given.items() if value is not None})
 
 
-def _of_start(start_from: Optional[Path]) -> Any:
-    """Rows and order of the soft prompt to start from; {} where there is none, or it cannot be read."""
+def _of_start(start_from: Tuple[Path, ...]) -> Any:
+    """Rows and order of the first soft prompt to start from; {} where there is none, or it cannot be read."""
     from ..errors import FormatError
     from ..formats import read_header
 
-    if start_from is None:
+    if not start_from:
         return {}
     try:
-        header = read_header(start_from)
+        header = read_header(start_from[0])
     except (FormatError, OSError):
         return {}  # the look at everything says so, with the rest
     return {"n_tokens": header.n_tokens, "order": header.order}

@@ -19,26 +19,27 @@ class Checkpoint(NamedTuple):
     about: Dict[str, Any]
     """What the training is of: settings, digest of the data, fingerprint of the model."""
     step: int
-    parameter: np.ndarray
+    parameters: List[np.ndarray]
+    """All that learn."""
     best: np.ndarray
     best_loss: Optional[float]
     looks_since_best: int
     history: List[Dict[str, float]]
-    optimizer: Dict[str, Any]
-    """Of the one parameter: arrays and numbers by name."""
+    optimizer: List[Dict[str, Any]]
+    """For each parameter: arrays and numbers by name."""
     batch_tokens: int
     """Of the batches until now."""
 
 
 def save(checkpoint: Checkpoint, folder: Path) -> None:
     """Write ``checkpoint`` to ``folder``, in one step."""
-    arrays = {"parameter": checkpoint.parameter, "best": checkpoint.best}
-    numbers = {}
-    for name, value in checkpoint.optimizer.items():
-        if isinstance(value, torch.Tensor):
-            arrays[f"optimizer.{name}"] = value.detach().cpu().numpy()
-        else:
-            numbers[name] = value
+    arrays = {"best": checkpoint.best}
+    arrays.update({f"parameter.{number}": array for number, array in enumerate(checkpoint.parameters)})
+    numbers: List[Dict[str, Any]] = []
+    for number, state in enumerate(checkpoint.optimizer):
+        numbers.append({name: value for name, value in state.items() if not isinstance(value, torch.Tensor)})
+        for name in set(state) - set(numbers[-1]):
+            arrays[f"optimizer.{number}.{name}"] = state[name].detach().cpu().numpy()
     rest = checkpoint._asdict()
     about = {key: rest[key] for key in ("about", "step", "best_loss", "looks_since_best", "history", "batch_tokens")}
     text = json.dumps({**about, "optimizer": numbers})
@@ -59,10 +60,13 @@ def load(folder: Path, about: Dict[str, Any]) -> Optional[Checkpoint]:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         rest = json.loads(arrays.pop("json").tobytes().decode("utf-8"))
-        names = [name for name in arrays if name.startswith("optimizer.")]
-        optimizer = {name[len("optimizer.") :]: torch.from_numpy(arrays.pop(name)) for name in names}
-        optimizer.update(rest.pop("optimizer"))
-        checkpoint = Checkpoint(**rest, **arrays, optimizer=optimizer)
+        optimizer = rest.pop("optimizer")
+        for number, state in enumerate(optimizer):
+            prefix = f"optimizer.{number}."
+            names = [name for name in arrays if name.startswith(prefix)]
+            state.update({name[len(prefix) :]: torch.from_numpy(arrays.pop(name)) for name in names})
+        parameters = [arrays.pop(f"parameter.{number}") for number in range(len(optimizer))]
+        checkpoint = Checkpoint(**rest, **arrays, parameters=parameters, optimizer=optimizer)
     except Exception as error:  # whatever a damaged file makes of NumPy, zipfile and JSON
         raise CheckpointMismatch(f"{path} is damaged ({error}). Move it away to train from the beginning.") from error
     differing = sorted(key for key in {*about, *checkpoint.about} if about.get(key) != checkpoint.about.get(key))

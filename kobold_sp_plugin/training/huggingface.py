@@ -76,7 +76,7 @@ class TrainableSoftPrompt(torch.nn.Module):
         labels: Optional[torch.Tensor] = None,
         num_items_in_batch: Optional[Any] = None,
     ) -> Dict[str, torch.Tensor]:
-        """Give "logits" ``[batch, length, vocabulary]`` of the text alone, and "loss", a mean in nats, where there are labels.
+        """Give "logits" ``[batch, length, vocabulary]`` of the text, and "loss", a mean in nats, if there are labels.
 
         ``labels``: as the model itself has them, -100 where nothing is learned. The first text token is predicted by
         the last soft token. Padding has to stand on the right. Raises :class:`UnsupportedCall`.

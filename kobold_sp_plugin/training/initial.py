@@ -1,6 +1,6 @@
 """What the rows are before they learn."""
 
-from typing import Any, Optional
+from typing import Any, Sequence, Union
 
 import numpy as np
 
@@ -13,16 +13,23 @@ from .trainable import matrix_rows
 
 
 def initial_rows(
-    model: Any, tokenizer: Any, settings: Settings, dataset: Dataset, start_from: Optional[SoftPrompt] = None
+    model: Any,
+    tokenizer: Any,
+    settings: Settings,
+    dataset: Dataset,
+    start_from: Union[SoftPrompt, Sequence[SoftPrompt], None] = None,
 ) -> np.ndarray:
-    """float32 ``[settings.n_tokens, width]``, in the scale of the embedding matrix.
+    """float32 ``[settings.n_tokens, width]``, in the scale of the embedding matrix; of several one more dimension.
 
     ``start_from`` wins over ``settings.initial``; it may have fewer or more rows. Raises :class:`WidthMismatch`.
     """
     embedding = model.get_input_embeddings()
     rng = np.random.default_rng(settings.seed)
     if start_from is not None:
-        return rows_of(start_from, model, settings.n_tokens)
+        if isinstance(start_from, SoftPrompt):
+            return rows_of(start_from, model, settings.n_tokens)
+        several = [rows_of(each, model, settings.n_tokens) for each in start_from]
+        return np.stack(several) if len(several) > 1 else several[0]
     if settings.initial == "vocabulary":
         # The first ids are the most frequent of most vocabularies; rare rows hardly left their initialisation.
         ids = rng.choice(min(5000, len(tokenizer)), settings.n_tokens)

@@ -45,7 +45,7 @@ def make(
     with alone_in(work):
         if os.path.lexists(output):
             raise AlreadyRunning(f"{output} is there since a moment ago. Start again for another version.")
-        start = SoftPrompt.load(plan.start_from) if plan.start_from else None
+        start = [SoftPrompt.load(path) for path in plan.start_from] or None
         model, tokenizer, name = load_model(plan.model, plan.precision)
         training = Training(model, tokenizer, plan.data, plan.settings, work, start)
         try:

@@ -34,7 +34,8 @@ class Plan:
     places: Places
     settings: Settings
     precision: str = "auto"
-    start_from: Optional[Path] = None
+    start_from: Tuple[Path, ...] = ()
+    """Several: a mixture of them."""
 
 
 @dataclass
@@ -210,19 +211,19 @@ def _look_at_context(plan: Plan, known: Optional[ModelFacts], found: Findings) -
 
 
 def _look_at_start(plan: Plan, known: Optional[ModelFacts], found: Findings) -> None:
-    if plan.start_from is None:
-        return
-    try:
-        start = SoftPrompt.load(plan.start_from)
-    except FormatError as error:
-        found.problems.append(f"The soft prompt to start from cannot be read: {error}.")
-    except OSError as error:
-        found.problems.append(f"The soft prompt to start from, {plan.start_from}: {error.strerror or error}.")
-    else:
-        if known is not None and known.width is not None and start.width != known.width:
-            found.problems.append(
-                f"The soft prompt to start from is made for {start.width} columns, this model has {known.width}."
-            )
+    for path in plan.start_from:
+        try:
+            start = SoftPrompt.load(path)
+        except FormatError as error:
+            found.problems.append(f"The soft prompt to start from cannot be read: {error}.")
+        except OSError as error:
+            found.problems.append(f"The soft prompt to start from, {path}: {error.strerror or error}.")
+        else:
+            if known is not None and known.width is not None and start.width != known.width:
+                found.problems.append(
+                    f"The soft prompt to start from, {path}, is made for {start.width} columns, this model has "
+                    f"{known.width}."
+                )
 
 
 def _look_at_disk(plan: Plan, n_bytes: int, found: Findings) -> None:

@@ -1,23 +1,20 @@
 """Rows that learn: a parameter that a frozen model reads as its first tokens."""
 
 from contextlib import contextmanager
-from typing import Any, Iterator
+from typing import Any, Iterator, List, Optional
 
 import numpy as np
 import torch
 
 from ..errors import NoEmbedding
 from ..patching import patch
-from ..softprompt import Scale
-
-# What a released file is: rows as stored in the matrix, whatever the module makes of them.
-SCALE = Scale.MATRIX
 
 
 class TrainableRows(torch.nn.Module):
     """Rows ``[n_tokens, width]`` for ``model``, as one float32 parameter in units of the matrix's root mean square.
 
-    In these units one learning rate suits all models. :attr:`rows` are in the matrix's own.
+    In these units one learning rate suits all models. :attr:`rows` are in the matrix's own. Of ``rows``
+    ``[count, n_tokens, width]`` all learn, and so do the weights, which sum to one, of their mean: a mixture.
     """
 
     def __init__(self, model: Any, rows: np.ndarray):
@@ -28,16 +25,31 @@ class TrainableRows(torch.nn.Module):
         self.unit = unit_of(embedding)
         device = embedding.weight.device if embedding.weight.device.type != "meta" else torch.device("cpu")
         self.parameter = torch.nn.Parameter(torch.tensor(rows / self.unit, dtype=torch.float32, device=device))
+        self.logits = torch.nn.Parameter(torch.zeros(len(rows), device=device)) if rows.ndim == 3 else None
 
     @property
     def rows(self) -> np.ndarray:
         """float32 ``[n_tokens, width]``, a copy, in the scale of the embedding matrix."""
-        return self.parameter.detach().cpu().numpy() * np.float32(self.unit)
+        return self.in_units() * np.float32(self.unit)
+
+    def in_units(self) -> np.ndarray:
+        """The same in units of the matrix's root mean square."""
+        return np.array(self._mixed().detach().cpu().numpy())
+
+    @property
+    def weights(self) -> Optional[List[float]]:
+        """Of a mixture's parts; None where it is none."""
+        return None if self.logits is None else [float(each) for each in torch.softmax(self.logits.detach(), 0)]
+
+    def _mixed(self) -> torch.Tensor:
+        if self.logits is None:
+            return self.parameter
+        return torch.einsum("k,knd->nd", torch.softmax(self.logits, 0), self.parameter)
 
     @property
     def n_tokens(self) -> int:
         """How many there are."""
-        return int(self.parameter.shape[0])
+        return int(self.parameter.shape[-2])
 
     @contextmanager
     def read_by(self, model: Any, start: int) -> Iterator[int]:
@@ -53,7 +65,7 @@ class TrainableRows(torch.nn.Module):
         def embed(original: Any, ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             text = torch.cat([ids[:, : columns.start], ids[:, columns.stop :]], dim=1)
             embedded = original(text, *args, **kwargs)
-            rows = (self.parameter * self.unit).to(embedded.dtype)
+            rows = (self._mixed() * self.unit).to(embedded.dtype)
             rows = (rows * torch.as_tensor(scale, device=rows.device, dtype=rows.dtype)).to(embedded.device)
             rows = rows.expand(len(ids), -1, -1)
             return torch.cat([embedded[:, : columns.start], rows, embedded[:, columns.start :]], dim=1)

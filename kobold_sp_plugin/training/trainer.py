@@ -59,14 +59,15 @@ def train(
     data: Data,
     settings: Settings = Settings(),  # noqa: B008 - frozen
     folder: Union[str, Path, None] = None,
-    start_from: Optional[SoftPrompt] = None,
+    start_from: Union[SoftPrompt, Sequence[SoftPrompt], None] = None,
     on_progress: Optional[Callable[[Progress], None]] = None,
 ) -> SoftPrompt:
     """Train a soft prompt for ``model``, a causal model, which is left as it was; ``data`` says what to learn.
 
     ``folder`` keeps tokens and checkpoints: where one of the same training is, it goes on from there, and on a CPU to
     the same rows as without the interruption. The soft prompt's metadata says what it was trained on, and its
-    held-out loss before and after, under "kobold_sp_plugin".
+    held-out loss before and after, under "kobold_sp_plugin". Of several soft prompts to start from a mixture is
+    trained: all of them, and the weights of their mean; what comes of it is one soft prompt.
 
     Raises a :class:`~kobold_sp_plugin.errors.TrainingError` or :class:`~kobold_sp_plugin.errors.ModelError`.
     """
@@ -91,7 +92,7 @@ class Training:
         data: Data,
         settings: Settings,
         folder: Path,
-        start_from: Optional[SoftPrompt] = None,
+        start_from: Union[SoftPrompt, Sequence[SoftPrompt], None] = None,
     ):
         self.settings = settings
         self.folder = folder
@@ -120,7 +121,8 @@ class Training:
             self._parts = head_of(model, probe)
             rows = initial_rows(model, tokenizer, settings, self.dataset, start_from)
             self.rows = TrainableRows(model, rows)
-            self._optimizer = _optimizer(self.rows.parameter, settings)
+            self._learning = list(self.rows.parameters())
+            self._optimizer = _optimizer(self._learning, settings)
             self._about = {
                 **settings.as_json(),
                 "data": self.dataset.digest,
@@ -133,7 +135,7 @@ class Training:
             self.batch_tokens = found.batch_tokens if found else settings.batch_tokens or self._found_batch_tokens()
             self.steps = settings.steps or self._default_steps()
             self._step = 0
-            self._best = self.rows.parameter.detach().cpu().numpy().copy()
+            self._best = self.rows.in_units()
             self.best_loss: Optional[float] = None
             self._looks_since_best = 0
             self.history: List[Dict[str, float]] = []
@@ -201,29 +203,30 @@ class Training:
 
     def save(self) -> None:
         """Write the checkpoint."""
-        state = self._optimizer.state_dict()["state"].get(0, {})
+        states = self._optimizer.state_dict()["state"]
         now = Checkpoint(
             about=self._about,
             step=self._step,
-            parameter=self.rows.parameter.detach().cpu().numpy(),
+            parameters=[each.detach().cpu().numpy() for each in self._learning],
             best=self._best,
             best_loss=self.best_loss,
             looks_since_best=self._looks_since_best,
             history=self.history,
-            optimizer=state,
+            optimizer=[states.get(number, {}) for number in range(len(self._learning))],
             batch_tokens=self.batch_tokens,
         )
         checkpoint.save(now, self.folder)
 
     def softprompt(self) -> SoftPrompt:
         """The best rows until now (by held-out loss; the last ones where nothing is held out)."""
-        best = self._best if self._held else self.rows.parameter.detach().cpu().numpy()
+        best = self._best if self._held else self.rows.in_units()
         looks = [entry for entry in self.history if "held_out" in entry]
         about = {
             "data_sha256": self.dataset.digest,
             "documents": self.dataset.n_documents,
             "tokens": self.dataset.n_tokens,
             "steps": self._step,
+            "mixture": self.rows.weights,
             "settings": self.settings.as_json(),
             "loss": self.history[-1].get("loss") if self.history else None,
             "held_out_without": looks[0]["without"] if looks else None,
@@ -256,17 +259,18 @@ class Training:
             total += float(loss.detach())
             count += learned
         # Here, in float32, and not before: divided among all tokens, the gradients of a model in float16 would vanish.
-        gradient = self.rows.parameter.grad
-        assert gradient is not None
-        gradient.div_(max(1, count))
-        norm = float(torch.linalg.vector_norm(gradient))
+        gradients = [each.grad for each in self._learning if each.grad is not None]
+        for gradient in gradients:
+            gradient.div_(max(1, count))
+        norm = math.hypot(*(float(torch.linalg.vector_norm(gradient)) for gradient in gradients))
         if not math.isfinite(total) or not math.isfinite(norm):
             raise Diverged(
                 f"At step {self._step + 1} the loss is {total / max(1, count):.3g} and the gradient's norm {norm:.3g}. "
                 "The best rows until then are kept; try a smaller learning rate, or a model in float32 or bfloat16."
             )
         if self.settings.clip and norm > self.settings.clip:
-            gradient.mul_(self.settings.clip / norm)
+            for gradient in gradients:
+                gradient.mul_(self.settings.clip / norm)
         self._mid_step = True
         self._optimizer.step()
         return total / max(1, count), count
@@ -342,7 +346,7 @@ class Training:
             except torch.cuda.OutOfMemoryError:
                 break
             finally:
-                self.rows.parameter.grad = None
+                self._optimizer.zero_grad(set_to_none=True)
                 torch.cuda.empty_cache()
             fitting, count = count, count * 2
         if not fitting:
@@ -358,7 +362,7 @@ class Training:
     def _note_look(self, held_out: float) -> None:
         if self.best_loss is None or held_out < self.best_loss:
             self.best_loss = held_out
-            self._best = self.rows.parameter.detach().cpu().numpy().copy()
+            self._best = self.rows.in_units()
             self._looks_since_best = 0
         else:
             self._looks_since_best += 1
@@ -368,10 +372,10 @@ class Training:
         self._step, self._best, self.best_loss = found.step, found.best, found.best_loss
         self._looks_since_best, self.history = found.looks_since_best, found.history
         with torch.no_grad():
-            self.rows.parameter.copy_(torch.from_numpy(found.parameter))
+            for each, array in zip(self._learning, found.parameters):
+                each.copy_(torch.from_numpy(array))
         state = self._optimizer.state_dict()
-        if found.optimizer:
-            state["state"] = {0: found.optimizer}
+        state["state"] = {number: each for number, each in enumerate(found.optimizer) if each}
         self._optimizer.load_state_dict(state)
 
 
@@ -407,13 +411,13 @@ def _source(data: Data, tokenizer: Any, settings: Settings) -> Optional[str]:
     return digest.hexdigest()
 
 
-def _optimizer(parameter: torch.nn.Parameter, settings: Settings) -> Any:
+def _optimizer(parameters: Sequence[torch.nn.Parameter], settings: Settings) -> Any:
     if settings.optimizer == "adafactor":
         from transformers.optimization import Adafactor
 
         options = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
-        return Adafactor([parameter], lr=settings.learning_rate, weight_decay=settings.weight_decay, **options)
-    return torch.optim.AdamW([parameter], lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        return Adafactor(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, **options)
+    return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
 
 def _frozen(model: Any, checkpoint_layers: bool) -> Callable[[], None]:

@@ -3,7 +3,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from models import FAMILIES, FAMILY, tiny_model, tiny_tokenizer
+from models import FAMILIES, FAMILY, softprompt, tiny_model, tiny_tokenizer
 
 from kobold_sp_plugin import SoftPrompt, attach, errors
 from kobold_sp_plugin.compatibility.matrix import matrix_of
@@ -112,6 +112,25 @@ def test_it_goes_on_from_another_soft_prompt(tokenizer):
     assert before == pytest.approx(first.metadata[OWN_KEY]["training"]["held_out_after"], rel=1e-5)
     with pytest.raises(errors.WidthMismatch, match="64 columns"):
         train(model, tokenizer, TEXTS, QUICK, start_from=SoftPrompt(np.ones((2, 64), np.float32)))
+
+
+def test_of_several_soft_prompts_a_mixture_is_trained_with_its_weights(tokenizer, tmp_path):
+    model = tiny_model(FAMILY)
+    parts = [softprompt(seed, 4, 32) for seed in (0, 1)]
+    mixed = train(model, tokenizer, TEXTS, settings(patience=0), tmp_path, parts)
+    about = mixed.metadata[OWN_KEY]["training"]
+    assert mixed.n_tokens == 4 and about["held_out_after"] < about["held_out_before"]
+    assert sum(about["mixture"]) == pytest.approx(1) and about["mixture"][0] != pytest.approx(0.5)
+    training = Training(model, tokenizer, TEXTS, settings(), tmp_path / "new", parts)
+    training.close()
+    assert np.allclose(training.rows.rows, (parts[0].rows + parts[1].rows) / 2, atol=1e-5)
+    (tmp_path / "half").mkdir()
+    steps = Training(model, tokenizer, TEXTS, settings(patience=0), tmp_path / "half", parts)
+    for _, _ in zip(range(3), steps.run()):
+        pass
+    steps.close()
+    again = train(model, tokenizer, TEXTS, settings(patience=0), tmp_path / "half", parts)
+    assert again.rows.tobytes() == mixed.rows.tobytes()
 
 
 def test_gradient_checkpointing_and_accumulation_change_no_rows(tokenizer):
