@@ -86,6 +86,17 @@ class TestTrain:
         assert about["settings"]["n_tokens"] == 4 and len(about["data_sha256"]) == 64
         assert set(about["versions"]) == {"kobold_sp_plugin", "torch", "transformers"}
 
+    def test_samples_are_shown_on_the_way_and_change_no_rows(self, here, model_folder, monkeypatch):
+        from kobold_sp_plugin.training import making
+
+        answer = train(model_folder, steps=20)
+        assert answer.stderr.count("\n    ") >= 3
+        monkeypatch.setattr(making, "_is_time_for_a_sample", lambda progress: False)
+        answer = train(model_folder, steps=20)
+        assert answer.stderr.count("\n    ") == 0
+        one, other = (SoftPrompt.load(f"softprompts/{name}.zip") for name in ("Rain", "Rain-v2"))
+        assert one.rows.tobytes() == other.rows.tobytes()
+
     def test_versions_are_numbered_and_nothing_is_overwritten(self, here, model_folder):
         first = json.loads(train(model_folder, "--json").stdout)
         before = Path(first["softprompt"]).read_bytes()

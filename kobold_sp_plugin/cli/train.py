@@ -1,6 +1,7 @@
 """``kobold-sp train``."""
 
 import json
+import logging
 import signal
 import sys
 import threading
@@ -136,7 +137,7 @@ def train(
     metadata.update({key: text for key, text in (("author", author), ("description", description)) if text})
     try:
         with _interruptible() as is_stopped, _Shown() as shown:
-            made = make(plan, metadata, shown.begun, shown.progress, is_stopped, found.remarks)
+            made = make(plan, metadata, shown.begun, shown.progress, shown.sample, is_stopped, found.remarks)
     except TrainingError as error:
         raise WrongUse(line(str(error))) from error
     except (SoftPromptError, OSError) as error:
@@ -202,6 +203,14 @@ class _Shown:
             minutes, seconds = divmod(round(progress.seconds_left), 60)
             _tell(f"step {progress.step} of {progress.steps}: {told}, {minutes}:{seconds:02d} left")
 
+    def sample(self, text: str) -> None:
+        """Show what the model writes by now."""
+        told = "\n".join(f"    {line(part)}" for part in text.strip().split("\n"))
+        if self._bar is not None:
+            self._bar.write(told, file=sys.stderr)
+        else:
+            _tell(told)
+
 
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
@@ -266,6 +275,7 @@ def _quiet() -> None:
 
     disable_progress_bar()
     set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says at every layer of every step that it casts
 
 
 def _tell(text: str) -> None:

@@ -14,7 +14,7 @@ from .loading import load_model
 from .places import alone_in
 from .preflight import Plan
 from .report import Result, write_report
-from .samples import openings, samples
+from .samples import openings, samples, written
 from .trainer import Progress, Training
 
 REPORT = "report.html"
@@ -33,13 +33,15 @@ def make(
     metadata: Mapping[str, Any],
     on_begun: Callable[[Training], None],
     on_progress: Callable[[Progress], None],
+    on_sample: Callable[[str], None],
     is_stopped: Callable[[], bool],
     remarks: Sequence[str] = (),
 ) -> Optional[Made]:
     """Train what is planned, and write the soft prompt, with ``metadata`` and its own, and the report.
 
-    None where ``is_stopped`` ended it after a step: the same plan goes on from there. Raises a
-    :class:`~kobold_sp_plugin.errors.SoftPromptError` or :class:`OSError`; what was trained until then is kept.
+    ``on_sample`` gets a text three times on the way. None where ``is_stopped`` ended it after a step: the same plan
+    goes on from there. Raises a :class:`~kobold_sp_plugin.errors.SoftPromptError` or :class:`OSError`; what was trained
+    until then is kept.
     """
     output, work = plan.places
     with alone_in(work):
@@ -50,8 +52,12 @@ def make(
         training = Training(model, tokenizer, plan.data, plan.settings, work, start)
         try:
             on_begun(training)
+            beginnings = openings(training.dataset, training.openings_from, tokenizer)
             for progress in training.run():
                 on_progress(progress)
+                if beginnings and _is_time_for_a_sample(progress):
+                    text = written(model, tokenizer, [training.softprompt()], beginnings[0], seed=plan.settings.seed)
+                    on_sample(beginnings[0] + text)
                 if is_stopped() and progress.step < progress.steps:
                     return None
         finally:
@@ -63,7 +69,6 @@ def make(
         softprompt = SoftPrompt(trained.rows, {**about, OWN_KEY: own})
         output.parent.mkdir(parents=True, exist_ok=True)
         formats.save(softprompt, output)
-        beginnings = openings(training.dataset, training.openings_from, tokenizer)
         result = Result(
             softprompt,
             training.history,
@@ -74,6 +79,11 @@ def make(
         )
         write_report(result, work / REPORT)
         return Made(output, work / REPORT, result)
+
+
+def _is_time_for_a_sample(progress: Progress) -> bool:
+    """After a quarter, a half and three quarters, of trainings that take long enough to wonder."""
+    return progress.steps >= 20 and progress.step in {progress.steps * part // 4 for part in (1, 2, 3)}
 
 
 def _nearest(model: Any, tokenizer: Any, rows: np.ndarray) -> List[List[Tuple[str, float]]]:
