@@ -428,7 +428,7 @@ def draw(populations, path):
             distance = np.maximum(1 - values, 1e-6)
             right.hist(distance, bins=np.logspace(-6, 0, 61), weights=np.full(len(values), 1 / len(values)), **style)
     trained_on = 1 - np.asarray(populations["trained: a fine-tune"])
-    right.plot(
+    ticks = right.plot(
         np.maximum(trained_on, 1e-6), np.full(len(trained_on), 2e-3), "k|", label="the demonstration model, trained on"
     )
     for axes, limits in ((left, (RELATED, CLOSE, SAME)), (right, (1 - RELATED, 1 - CLOSE, 1 - SAME))):
@@ -442,7 +442,7 @@ def draw(populations, path):
     right.invert_xaxis()
     right.set_xlabel("1 − similarity")
     left.legend(fontsize=7, loc="upper center")
-    right.legend(fontsize=7, loc="upper left", handles=right.get_legend_handles_labels()[0][:1])
+    right.legend(fontsize=7, loc="upper left", handles=ticks)
     figure.savefig(path, dpi=90)
 
 

@@ -203,7 +203,7 @@ class TestUI2:
         variables = self.variables(host, "a")
         (broken, (name, why)), (wide, (label, _)) = variables["splist"][2:]
         assert (broken, wide) == ("broken.zip", "wide.zip")
-        assert why.startswith("Cannot be used: ") and name == f"broken ({why[len('Cannot be used: '):]})"
+        assert why.startswith("Cannot be used: ") and name == f"broken ({why[len('Cannot be used: ') :]})"
         assert label == "wide (made for 64 columns, this model has 32)"
         del variables["splist"][2:]
         assert variables == {

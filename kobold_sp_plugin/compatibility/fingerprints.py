@@ -25,11 +25,13 @@ from ..errors import NoEmbedding
 
 VERSION = 2
 SAME = 0.998
-"""Similarity from which it is the same matrix, in whatever precision of 8 bits or more."""
-RELATED = 0.20
-"""Similarity from which one was made from the other; that of unrelated matrices is 0, give or take 0.03."""
+"""Similarity from which it is the same matrix, in 16 bits or in 8. A gentle fine-tune can be as close, and a copy in 8
+bits whose rows have one scale each may be less: nothing that is small tells those two apart for sure."""
 CLOSE = 0.90
 """Similarity from which a relative is close: most fine-tunes, and copies in 4 bits."""
+RELATED = 0.20
+"""Similarity from which one was made from the other, or both from one. Of 59,400 simulated unrelated pairs none is
+above 0.13, of 11,016 related ones none below 0.32."""
 
 N_ROWS = 512
 N_SIGNS = 8

@@ -28,6 +28,8 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+RESTARTING = ("Failed to load resource", "Server stopped unexpectedly", "Blocked attempt to show")
+"""What the host's page says of itself while its server restarts, and when it is left."""
 PROMPT = "The door opened and the rain came in. Nobody said a word"
 HOSTILE = "<img src=x onerror=\"window.hacked = 'yes'\">"
 SETTINGS = "do_sample: false\nmax_new_tokens: 16\nauto_max_new_tokens: false\n"
@@ -101,8 +103,7 @@ def page(browser, host, folder):
     hacked = page.evaluate("window.hacked")
     context.close()
     assert hacked is None
-    gone = "Failed to load resource"  # the page asks on while its server restarts
-    assert [each for each in problems if gone not in each and "Unexpected token" not in each] == []
+    assert [each for each in problems if not any(known in each for known in RESTARTING)] == []
 
 
 def expect(locator):
@@ -242,17 +243,22 @@ def test_token_counters_count_the_soft_tokens(page, truths):
     box.fill("The rain")
     expect(counter).to_have_text(str(len(truths[()].encode("The rain")) + 5))
     page.get_by_role("tab", name="Chat", exact=True).click()
-    display, counts = page.locator(".token-display"), []
+    page.locator("#chat-input textarea").fill("The door opened")
+    display, counts = page.locator(".token-display").first, []
+
+    def counted():
+        found = re.search(r"([\d,]+) /", display.text_content())
+        return int(found.group(1).replace(",", "")) if found else None
+
     for button in ("#soft-prompts-load", "#soft-prompts-none"):
         page.locator(button).click()
         expect(light(page)).to_have_class(
             "soft-prompts-light on" if button.endswith("load") else re.compile("light *$")
         )
         page.get_by_role("button", name="Count tokens").dispatch_event("click")
-        wait_for(lambda: re.search(r"[\d,]+ /", display.inner_text()) and display.inner_text() not in counts, 45)
-        counts.append(display.inner_text())
-    with_rain, without = (int(re.search(r"([\d,]+) /", each).group(1).replace(",", "")) for each in counts)
-    assert with_rain == without + 5
+        wait_for(lambda: counted() not in (None, *counts), 45, display.text_content)
+        counts.append(counted())
+    assert counts[0] == counts[1] + 5
 
 
 def test_files_that_come_and_go_are_seen(page, folder):

@@ -25,7 +25,9 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from kobold_sp_plugin import SoftPrompt
 from kobold_sp_plugin.errors import NoTensor, SoftPromptError, TooLarge
 from kobold_sp_plugin.hosts import text_generation_webui as ours
-from kobold_sp_plugin.hosts.text_generation_webui import panel, reserve
+from kobold_sp_plugin.hosts.text_generation_webui import panel
+from kobold_sp_plugin.hosts.text_generation_webui.generation import reserve
+from kobold_sp_plugin.hosts.text_generation_webui.model import BACKENDS
 
 REPOSITORY = Path(ours.__file__).resolve().parents[3]
 SCRIPT = REPOSITORY / "hooks" / "text_generation_webui" / "script.py"
@@ -451,7 +453,7 @@ def test_a_model_that_soft_tokens_cannot_be_given_to_is_left_alone(host, spoil):
 
 
 def test_every_known_backend_has_a_reason_of_its_own():
-    assert len(ours.BACKENDS) >= 4 and all(ours.BACKENDS.values())
+    assert len(BACKENDS) >= 4 and all(BACKENDS.values())
 
 
 def test_loras_come_and_go(host):

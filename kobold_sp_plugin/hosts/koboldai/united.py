@@ -136,7 +136,7 @@ BACKEND: Tuple[Seam, ...] = (
         "_patch_embedding",
     ),
 )
-"""Methods of every backend, by their bare names."""
+"""Methods of every backend, by their bare names; hooked on the instances, of which the host has one each."""
 
 REFUSALS = {
     "Read Only": "no model is loaded",
@@ -189,7 +189,8 @@ class United(Attachment):
         """Leave the host: every seam is its own again, and so is the model, which gets the host's own patch."""
         from ...soft_tokens import attach as attach_soft_tokens
 
-        backend, is_ours, engine = self._host.get("model"), self._serves, self._engine
+        backend: Any = self._host.get("model")
+        is_ours, engine = self._serves, self._engine
         super().undo()
         model = _model_of(backend)
         if engine is not None and model is not None:
@@ -207,7 +208,7 @@ class United(Attachment):
             events["disconnect"] = lambda *_: None
             self._undo.callback(events.pop, "disconnect", None)
         self._undo.callback(patch(events, "disconnect", self._disconnect).undo)
-        for backend in {type(each) for each in self._host["model_backends"].values()}:
+        for backend in self._host["model_backends"].values():
             for seam in BACKEND:
                 if hasattr(backend, seam.name):
                     self._undo.callback(patch(backend, seam.name, self._guarded(seam)).undo)
@@ -242,7 +243,7 @@ class United(Attachment):
 
     def _loaded(self, backend_name: str, refusal: str) -> None:
         """Take in what the host has loaded; where nothing is selected, select what the user chose last."""
-        backend = self._host.get("model")
+        backend: Any = self._host.get("model")
         self._hosts_own = not refusal and bool(backend.capabilties.uses_tpu)
         if self._hosts_own:
             self.session.use(None)
@@ -269,7 +270,7 @@ class United(Attachment):
                 log.warning("This model gets no soft prompts: %s", error)
         return Elsewhere(name, refusal or REFUSALS.get(backend_name, f"the backend {backend_name} takes text only"))
 
-    def _patch_embedding(self, original: Callable[..., Any], backend: Any) -> None:
+    def _patch_embedding(self, original: Callable[..., Any]) -> None:
         """Nothing: soft tokens are attached when the model is loaded."""
 
     def _load_story(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -381,13 +382,11 @@ class United(Attachment):
             return
         variables = self.menu.variables()
         variables["spmeta"] = shown(status) if status["selection"] else None
-        del variables["sp_length"]
-        self._system.update(variables)
+        self._system.update(variables, sp=None)
         self._show_length()
 
     def _show_none(self) -> None:
-        self._system.update(spfilename="", spname="Not in Use", spmeta=None, sp=None)
-        self._show_length()
+        self._system.update(spfilename="", spname="Not in Use", spmeta=None, sp=None, sp_length=0)
 
     def _show_length(self) -> None:
         self._system["sp_length"] = self._n_tokens
@@ -407,9 +406,9 @@ class United(Attachment):
         if event == "from_server" and payload["cmd"] == "warnmsg":  # which the new page does not know
             notice = {"title": "Soft prompts", "text": html.unescape(payload["data"])}  # and it inserts text as text
             super()._emit("show_error_notification", notice, UI2)
-        if event == "var_changed" and payload["name"] == "sp_length" and to == UI2:
-            if not self._variables.aibusy and not self._host["koboldai_settings"].multi_story:
-                self._variables.calc_ai_text()
+        is_length = event == "var_changed" and payload["name"] == "sp_length" and to == UI2
+        if is_length and not self._variables.aibusy and not self._host["koboldai_settings"].multi_story:
+            self._variables.calc_ai_text()
 
     def _host_emit(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         payload = args[1] if len(args) > 1 else None
@@ -461,7 +460,7 @@ def _model_of(backend: Any) -> Any:
     """The transformers model of a backend, without what PEFT has put around it; None where there is none."""
     import torch
 
-    model = getattr(backend, "model", None)
+    model: Any = getattr(backend, "model", None)
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
     can_generate = hasattr(model, "generate") and hasattr(model, "get_input_embeddings")

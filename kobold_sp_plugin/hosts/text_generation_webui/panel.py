@@ -16,7 +16,7 @@ from ...catalogue import EXTENSIONS
 from ...errors import SoftPromptError, TooLarge
 
 if TYPE_CHECKING:  # the two import each other
-    from . import Attachment
+    from .attachment import Attachment
 
 MAX_UPLOAD = 2**28
 """Bytes of an uploaded file: more than the largest soft prompt of the widest model."""
