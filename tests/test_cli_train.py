@@ -171,6 +171,7 @@ class TestTrain:
         assert SoftPrompt.load(answer["softprompt"]).name == "../Rain: a/b?"
         assert files_in(here / "softprompts") == [name]
 
+    @pytest.mark.timeout(180)
     @pytest.mark.skipif(os.name == "nt", reason="signals")
     def test_ctrl_c_saves_and_the_same_command_goes_on(self, here, model_folder):
         arguments = ("train", "--data", "texts", "--name", "Rain", "--model", model_folder, "--steps", 400, *QUICK)
@@ -186,6 +187,7 @@ class TestTrain:
         assert f"Going on from step {step} of 400" in answer.stderr
         assert json.loads(answer.stdout)["resumed_at"] == step
 
+    @pytest.mark.timeout(180)  # several processes, each of which imports torch
     def test_killed_at_any_moment_it_goes_on_to_the_same_rows(self, here, model_folder):
         arguments = ("train", "--data", "texts", "--model", model_folder, "--steps", 150, *QUICK)
         assert run(*arguments, "--name", "Whole").exit_code == 0

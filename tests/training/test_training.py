@@ -205,7 +205,7 @@ def test_a_gradient_that_is_no_number_reaches_no_row(tokenizer, tmp_path):
     with pytest.raises(errors.Diverged, match="smaller learning rate"):
         list(training.run())
     training.close()
-    assert np.isfinite(training.softprompt().rows).all()
+    assert np.isfinite(training.softprompt().rows).all() and np.isfinite(training.rows.rows).all()
 
 
 class TestDataset:
