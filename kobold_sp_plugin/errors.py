@@ -40,13 +40,21 @@
     ├── SelectionError              a choice from the menu that cannot be carried out
     │   ├── NoModel                 nothing is loaded that could use a soft prompt
     │   └── UnknownSoftPrompt       no such file in the folder
-    └── HostError                   a host application that is not the one a hook knows
-        ├── UnknownHost             a folder that is none of the host applications that we can be installed into
-        ├── NoEnvironment           a host whose Python environment cannot be found, told apart or used
-        ├── ForeignPackage          an environment with another release of ours, which somebody else put there
-        ├── FileInTheWay            a file that is not ours, or no longer, where one of ours has to go
-        ├── ReadOnlyInstall         a folder that an install cannot write to
-        └── BadRecord               a record of an install that cannot be read
+    ├── HostError                   a host application that is not the one a hook knows
+    │   ├── UnknownHost             a folder that is none of the host applications that we can be installed into
+    │   ├── NoEnvironment           a host whose Python environment cannot be found, told apart or used
+    │   ├── ForeignPackage          an environment with another release of ours, which somebody else put there
+    │   ├── FileInTheWay            a file that is not ours, or no longer, where one of ours has to go
+    │   ├── ReadOnlyInstall         a folder that an install cannot write to
+    │   └── BadRecord               a record of an install that cannot be read
+    └── TrainingError               a training that cannot begin or go on
+        ├── BadSetting              a setting with a value that cannot be
+        ├── NoData                  nothing to learn from
+        ├── DataNotUnderstood       a file of data that is not in a form that is known
+        ├── NotEnoughMemory         no batch, not even of one text, fits
+        ├── CheckpointMismatch      a checkpoint of another training
+        ├── AlreadyRunning          another process trains in the same folder
+        └── Diverged                a loss that is no number any more
 """
 
 from typing import Optional
@@ -248,3 +256,35 @@ class ReadOnlyInstall(HostError):
 
 class BadRecord(HostError):
     """A record of an install that cannot be read, so that nothing can be upgraded or taken back by it."""
+
+
+class TrainingError(SoftPromptError):
+    """A training that cannot begin or go on; what was trained until then is kept."""
+
+
+class BadSetting(TrainingError):
+    """A setting with a value that cannot be."""
+
+
+class NoData(TrainingError):
+    """Nothing to learn from: no files, or none with text in them."""
+
+
+class DataNotUnderstood(TrainingError):
+    """A file of data that is not in a form that is known; the text names file and line."""
+
+
+class NotEnoughMemory(TrainingError):
+    """Not even a single text fits the memory."""
+
+
+class CheckpointMismatch(TrainingError):
+    """A checkpoint of a training on other data, another model or with other settings."""
+
+
+class AlreadyRunning(TrainingError):
+    """Another process trains in the same folder."""
+
+
+class Diverged(TrainingError):
+    """A loss that is no number any more."""

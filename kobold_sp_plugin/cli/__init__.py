@@ -12,10 +12,12 @@ from .. import __version__
 from .catalogue import list_
 from .common import WrongUse, samples_folder
 from .convert import convert
+from .dataset import dataset
 from .edit import combine, edit
 from .inspect import check, inspect
 from .install import install, run, status, uninstall
 from .serve import serve
+from .train import train
 
 __all__ = ["WrongUse", "main", "samples_folder"]
 
@@ -34,5 +36,5 @@ def main() -> None:
         reconfigure(errors="replace")  # a name may hold what the terminal's encoding has not
 
 
-for _command in (serve, list_, inspect, check, convert, edit, combine, install, uninstall, status, run):
+for _command in (serve, list_, inspect, check, convert, edit, combine, train, dataset, install, uninstall, status, run):
     main.add_command(_command)

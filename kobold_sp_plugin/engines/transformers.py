@@ -54,17 +54,17 @@ _UNFINISHED = "\ufffd"
 """What a decoder writes for the first bytes of a character whose last ones are in the next token."""
 
 
-def load_transformers(path: Union[str, Path]) -> Tuple[Any, Any, str]:
+def load_transformers(path: Union[str, Path], **options: Any) -> Tuple[Any, Any, str]:
     """Load a causal model and its tokenizer, from a folder or by its name on the hub: (model, tokenizer, name).
 
     The model is in evaluation mode without gradients; on a GPU in the dtype it is stored in, else in
-    float32. Raises :class:`ModelError`.
+    float32. With ``options``, for ``from_pretrained``, it stays as they have it. Raises :class:`ModelError`.
     """
     if _is_a_path(str(path)) and not Path(path).is_dir():
         raise ModelError(f"There is no folder {path}.")
     auto_dtype = {"torch_dtype": "auto"} if int(transformers_version.split(".")[0]) < 5 else {}
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(path), **auto_dtype)
+        model = AutoModelForCausalLM.from_pretrained(str(path), **(options or auto_dtype))
     except KeyError as error:  # how releases before 4.30 say it
         raise ModelError(
             f"{path} cannot be loaded: transformers {transformers_version} knows no models of the type {error}"
@@ -76,7 +76,8 @@ def load_transformers(path: Union[str, Path]) -> Tuple[Any, Any, str]:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
     except Exception as error:
         raise ModelError(f"{path} has no tokenizer that transformers can load.") from error
-    model = model.to("cuda") if torch.cuda.is_available() else model.float()
+    if not options:
+        model = model.to("cuda") if torch.cuda.is_available() else model.float()
     model.eval().requires_grad_(False)
     return model, tokenizer, Path(path).resolve().name if Path(path).is_dir() else str(path)
 

@@ -1,0 +1,282 @@
+"""``kobold-sp train``."""
+
+import json
+import logging
+import signal
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Callable, Iterator, Optional, Tuple
+
+import click
+
+from .common import WrongUse, line
+
+_LINE_SECONDS = 10.0
+"""How often a progress line is written where there is no terminal to redraw one in."""
+
+
+@click.command()
+@click.option("--data", metavar="FOLDER", required=True, type=click.Path(path_type=Path), help="Texts; or one file.")
+@click.option("--name", metavar="NAME", required=True, help="What the soft prompt is called, and its file.")
+@click.option("--model", metavar="PATH", help="A folder, or a name on the hub. [default: the demonstration model]")
+@click.option(
+    "--output",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="The zip. [default: ./softprompts/NAME.zip; a number is added to a name that is taken]",
+)
+@click.option("--steps", type=int, help="Optimizer steps. [default: three times over the data, at most 2000]")
+@click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same rows.")
+@click.option("--tokens", type=int, help="Rows of the soft prompt. [default: 20, or those of --from]")
+@click.option("--learning-rate", type=float, help="In units of the embedding's root mean square. [default: 0.3]")
+@click.option(
+    "--initial-text", metavar="TEXT", default="", help="What the rows begin as, or @FILE. [default: words of the data]"
+)
+@click.option(
+    "--from",
+    "start_from",
+    metavar="FILE",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A soft prompt, or .mtjsp, to start from; of several a mixture is trained.",
+)
+@click.option("--block", type=int, help="Longest text that is read at once, in tokens. [default: 256]")
+@click.option("--batch-tokens", type=int, help="Tokens of one forward pass. [default: found by trial]")
+@click.option("--accumulate", type=int, default=1, show_default=True, help="Forward passes of one step.")
+@click.option("--checkpoint-layers", is_flag=True, help="Less memory, a third more time.")
+@click.option(
+    "--precision",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "float32", "bfloat16", "float16", "8bit", "4bit"]),
+    help="What the model is loaded in; the soft prompt is trained in float32 anyway.",
+)
+@click.option("--author", default="", help="For the menu, as are the next two.")
+@click.option("--description", default="")
+@click.option("--supported", default="", help="The models it is for, separated by commas. [default: the model's name]")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def train(
+    data: Path,
+    name: str,
+    model: Optional[str],
+    output: Optional[Path],
+    steps: Optional[int],
+    seed: int,
+    tokens: Optional[int],
+    learning_rate: Optional[float],
+    initial_text: str,
+    start_from: Tuple[Path, ...],
+    block: Optional[int],
+    batch_tokens: Optional[int],
+    accumulate: int,
+    checkpoint_layers: bool,
+    precision: str,
+    author: str,
+    description: str,
+    supported: str,
+    as_json: bool,
+) -> None:
+    """Train a soft prompt on the texts in FOLDER, and put it into the folder of soft prompts.
+
+    Texts are .txt files in any encoding (documents apart at <|endoftext|>), .jsonl with "text", "prompt" and
+    "completion", or "messages", and World Info files. What can be told to be wrong is told before anything begins.
+    An interruption, even a power cut, loses a minute at most: the same command goes on from there. Beside the folder
+    of soft prompts, in training/NAME, are the checkpoint and a report with curves and samples.
+
+    Exit status 1: the soft prompt does not help with texts that were held out, or training was interrupted.
+
+    \b
+    Example:
+      kobold-sp train --data ./texts --name Noir --model ./my-model
+    """
+    from ..demonstration import MODEL
+    from ..errors import SoftPromptError, TrainingError
+    from ..training.making import make
+    from ..training.places import filename, places
+    from ..training.preflight import Plan, facts_of, look
+
+    path = model or str(MODEL)
+    known = facts_of(path)
+    context = known.context if known is not None else None
+    try:
+        start_settings = _of_start(start_from)
+        n_tokens = tokens or start_settings.get("n_tokens", 20)
+        plan = Plan(
+            name=name,
+            data=data,
+            model=path,
+            places=places(output or Path("softprompts") / f"{filename(name) or 'unnamed'}.zip"),
+            settings=_settings(
+                n_tokens=n_tokens,
+                steps=steps,
+                seed=seed,
+                learning_rate=learning_rate,
+                initial_text=_text(initial_text),
+                block=block or max(8, min(256, (context or 10**6) - n_tokens)),
+                batch_tokens=batch_tokens,
+                accumulate=accumulate,
+                checkpoint_layers=checkpoint_layers,
+                order=start_settings.get("order"),
+            ),
+            precision=precision,
+            start_from=start_from,
+        )
+    except TrainingError as error:
+        raise WrongUse(line(str(error))) from error
+    _quiet()
+    found = look(plan)
+    if found.problems:
+        raise WrongUse("\n".join(["This training cannot be:", *(f"  - {line(each)}" for each in found.problems)]))
+    for remark in found.remarks:
+        _tell(line(remark))
+    model_name = "demonstration" if model is None else (Path(model).name if Path(model).is_dir() else model)
+    metadata = {"name": name, "model": model_name, "supported": _parts(supported) or [model_name]}
+    metadata.update({key: text for key, text in (("author", author), ("description", description)) if text})
+    try:
+        with _interruptible() as is_stopped, _Shown() as shown:
+            made = make(plan, metadata, shown.begun, shown.progress, shown.sample, is_stopped, found.remarks)
+    except TrainingError as error:
+        raise WrongUse(line(str(error))) from error
+    except (SoftPromptError, OSError) as error:
+        raise WrongUse(f"Training stopped: {line(str(error))}. The same command goes on from where it was.") from error
+    if made is None:
+        _tell(f"Interrupted at step {shown.step}; saved. The same command goes on from there.")
+        sys.exit(1)
+    about = made.result.about
+    if as_json:
+        answer = {key: about[key] for key in ("steps", "held_out_without", "held_out_before", "held_out_after")}
+        files = {"softprompt": str(made.output), "report": str(made.report), "resumed_at": shown.resumed_at}
+        click.echo(json.dumps({**files, **answer, "helps": made.result.helps}, indent=2))
+    else:
+        click.echo(line(made.result.sentence))
+        click.echo(f"Soft prompt: {line(str(made.output))}")
+        click.echo(f"Report: {line(str(made.report))}")
+    if made.result.helps is False:
+        sys.exit(1)
+
+
+class _Shown:
+    """Progress for a person: a bar in a terminal, else a line now and then; all of it on standard error."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.resumed_at: Optional[int] = None
+        self._bar: Any = None
+        self._last = 0.0
+        self._held: Optional[float] = None
+
+    def __enter__(self) -> "_Shown":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def begun(self, training: Any) -> None:
+        """Say what begins, or from where it goes on."""
+        self.step, self.resumed_at = training.step, training.resumed_at
+        if self.resumed_at is not None:
+            _tell(f"Going on from step {self.resumed_at} of {training.steps}.")
+        data = training.dataset
+        _tell(
+            f"{data.n_documents} documents, {data.n_tokens} tokens; {training.steps} steps of {training.batch_tokens}."
+        )
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=training.steps, initial=training.step, unit="step", dynamic_ncols=True)
+
+    def progress(self, progress: Any) -> None:
+        """Show a step."""
+        self.step = progress.step
+        self._held = self._held if progress.held_out is None else progress.held_out
+        held = "" if self._held is None else f", held out {self._held:.4f}"
+        told = f"loss {progress.loss:.4f}{held}, {progress.tokens_per_second:.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.set_postfix_str(told, refresh=False)
+            self._bar.update()
+        elif time.monotonic() - self._last > _LINE_SECONDS or progress.step == progress.steps:
+            self._last = time.monotonic()
+            minutes, seconds = divmod(round(progress.seconds_left), 60)
+            _tell(f"step {progress.step} of {progress.steps}: {told}, {minutes}:{seconds:02d} left")
+
+    def sample(self, text: str) -> None:
+        """Show what the model writes by now."""
+        told = "\n".join(f"    {line(part)}" for part in text.strip().split("\n"))
+        if self._bar is not None:
+            self._bar.write(told, file=sys.stderr)
+        else:
+            _tell(told)
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C, or a request to end, lets the step end first; a second one does not wait. Yields what tells."""
+    stopped = threading.Event()
+
+    def stop(number: int, frame: Any) -> None:
+        if stopped.is_set():
+            raise KeyboardInterrupt
+        stopped.set()
+        _tell("Ending after this step ...")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped.is_set
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _settings(**given: Any) -> Any:
+    from ..training.settings import Settings
+
+    return Settings(**{key: value for key, value in given.items() if value is not None})
+
+
+def _of_start(start_from: Tuple[Path, ...]) -> Any:
+    """Rows and order of the first soft prompt to start from; {} where there is none, or it cannot be read."""
+    from ..errors import FormatError
+    from ..formats import read_header
+
+    if not start_from:
+        return {}
+    try:
+        header = read_header(start_from[0])
+    except (FormatError, OSError):
+        return {}  # the look at everything says so, with the rest
+    return {"n_tokens": header.n_tokens, "order": header.order}
+
+
+def _text(given: str) -> str:
+    """A text, or that of the file that it names with @."""
+    if not given.startswith("@"):
+        return given
+    from ..training.texts import decoded
+
+    try:
+        return decoded(Path(given[1:]).read_bytes()).text
+    except OSError as error:
+        raise WrongUse(f"--initial-text {line(given)}: {error.strerror or error}.") from error
+
+
+def _parts(text: str) -> Tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _quiet() -> None:
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    disable_progress_bar()
+    set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says at every layer of every step that it casts
+
+
+def _tell(text: str) -> None:
+    click.echo(text, err=True)

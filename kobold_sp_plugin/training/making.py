@@ -1,0 +1,91 @@
+"""From a plan to a soft prompt in its folder, and a report: what ``kobold-sp train`` does."""
+
+import os
+from pathlib import Path
+from typing import Any, Callable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+
+from .. import formats
+from ..compatibility.matrix import matrix_of, nearest
+from ..errors import AlreadyRunning
+from ..softprompt import OWN_KEY, SoftPrompt
+from .loading import load_model
+from .places import alone_in
+from .preflight import Plan
+from .report import Result, write_report
+from .samples import openings, samples, written
+from .trainer import Progress, Training
+
+REPORT = "report.html"
+
+
+class Made(NamedTuple):
+    """What there is now."""
+
+    output: Path
+    report: Path
+    result: Result
+
+
+def make(
+    plan: Plan,
+    metadata: Mapping[str, Any],
+    on_begun: Callable[[Training], None],
+    on_progress: Callable[[Progress], None],
+    on_sample: Callable[[str], None],
+    is_stopped: Callable[[], bool],
+    remarks: Sequence[str] = (),
+) -> Optional[Made]:
+    """Train what is planned, and write the soft prompt, with ``metadata`` and its own, and the report.
+
+    ``on_sample`` gets a text three times on the way. None where ``is_stopped`` ended it after a step: the same plan
+    goes on from there. Raises a :class:`~kobold_sp_plugin.errors.SoftPromptError` or :class:`OSError`; what was trained
+    until then is kept.
+    """
+    output, work = plan.places
+    with alone_in(work):
+        if os.path.lexists(output):
+            raise AlreadyRunning(f"{output} is there since a moment ago. Start again for another version.")
+        start = [SoftPrompt.load(path) for path in plan.start_from] or None
+        model, tokenizer, name = load_model(plan.model, plan.precision)
+        training = Training(model, tokenizer, plan.data, plan.settings, work, start)
+        try:
+            on_begun(training)
+            beginnings = openings(training.dataset, training.openings_from, tokenizer)
+            for progress in training.run():
+                on_progress(progress)
+                if beginnings and _is_time_for_a_sample(progress):
+                    text = written(model, tokenizer, [training.softprompt()], beginnings[0], seed=plan.settings.seed)
+                    on_sample(beginnings[0] + text)
+                if is_stopped() and progress.step < progress.steps:
+                    return None
+        finally:
+            training.close()
+        trained = training.softprompt()
+        own = {**trained.metadata[OWN_KEY]}
+        own["training"] = {**own["training"], "model": metadata.get("model") or name, "precision": plan.precision}
+        about = {key: value for key, value in metadata.items() if key != "model"}
+        softprompt = SoftPrompt(trained.rows, {**about, OWN_KEY: own})
+        output.parent.mkdir(parents=True, exist_ok=True)
+        formats.save(softprompt, output)
+        result = Result(
+            softprompt,
+            training.history,
+            own["training"]["model"],
+            _nearest(model, tokenizer, softprompt.rows),
+            samples(model, tokenizer, softprompt, beginnings, plan.settings.seed),
+            remarks,
+        )
+        write_report(result, work / REPORT)
+        return Made(output, work / REPORT, result)
+
+
+def _is_time_for_a_sample(progress: Progress) -> bool:
+    """After a quarter, a half and three quarters, of trainings that take long enough to wonder."""
+    return progress.steps >= 20 and progress.step in {progress.steps * part // 4 for part in (1, 2, 3)}
+
+
+def _nearest(model: Any, tokenizer: Any, rows: np.ndarray) -> List[List[Tuple[str, float]]]:
+    found = nearest(rows, matrix_of(model))
+    return [[(tokenizer.decode([number]), cosine) for number, cosine in each] for each in found]

@@ -1,0 +1,357 @@
+"""Everything that can be told to be wrong before a model is loaded, all at once."""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+from ..compatibility import ModelFacts, facts
+from ..errors import FormatError, ModelError, TrainingError
+from ..softprompt import SoftPrompt
+from .loading import BYTES_PER_WEIGHT, PRECISIONS
+from .places import Places, filename
+from .settings import Settings
+from .texts import files_of, in_order, passages
+
+INSTALL = 'pip install "kobold_sp_plugin[training]"'
+_TINY_BYTES = 100_000
+_ADVISED_BYTES = 8_000_000
+_CHUNK_BYTES = 200_000_000
+"""What one chunk of logits and its gradient take, whatever the model."""
+
+
+@dataclass
+class Plan:
+    """A training as it was asked for, before anything of it is there."""
+
+    name: str
+    data: Path
+    model: str
+    """A folder, or a name on the hub."""
+    places: Places
+    settings: Settings
+    precision: str = "auto"
+    start_from: Tuple[Path, ...] = ()
+    """Several: a mixture of them."""
+
+
+@dataclass
+class Findings:
+    """What was found."""
+
+    problems: List[str] = field(default_factory=list)
+    """Sentences; with any of them the training cannot be."""
+    remarks: List[str] = field(default_factory=list)
+    """Sentences; good to know."""
+
+
+def look(plan: Plan) -> Findings:
+    """Everything that is wrong with ``plan``, as far as it can be told without loading a model. Writes nothing."""
+    found = Findings()
+    _look_at_name(plan, found)
+    _look_at_places(plan, found)
+    n_bytes = _look_at_data(plan, found)
+    config = _look_at_model(plan, found)
+    known = facts_of(plan.model)
+    _look_at_context(plan, known, found)
+    _look_at_start(plan, known, found)
+    _look_at_disk(plan, n_bytes, found)
+    _look_at_packages(plan, found)
+    if config is not None:
+        _look_at_memory(plan, config, found)
+        base = base_model(plan.model, config)
+        if base:
+            found.remarks.append(
+                f"{plan.model} is a fine-tune of {base}. A soft prompt trained on {base} serves all of its fine-tunes, "
+                f"this one too: --model {base}"
+            )
+    return found
+
+
+def facts_of(model: str) -> Optional[ModelFacts]:
+    """The facts of a model's folder; None for a name on the hub, or a folder that tells none."""
+    try:
+        return facts(model) if Path(model).is_dir() else None
+    except (ModelError, OSError):
+        return None
+
+
+def base_model(model: str, config: Dict[str, Any]) -> str:
+    """The model that ``model`` says it was made of, by its card or configuration, or ""."""
+    folder = Path(model)
+    try:
+        if folder.is_dir():
+            card = folder / "README.md"
+        else:
+            from huggingface_hub import hf_hub_download
+
+            card = Path(hf_hub_download(model, "README.md"))
+        text = card.read_text(encoding="utf-8", errors="replace")[:100_000]
+        import yaml
+
+        front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else {}
+        base = front.get("base_model", "") if isinstance(front, dict) else ""
+    except Exception:  # no card, no network, no YAML: then nothing is known
+        base = ""
+    if isinstance(base, list):
+        base = base[0] if len(base) == 1 else ""  # a merge has no one base
+    base = base or config.get("base_model") or ""
+    return base if isinstance(base, str) and base not in (model, folder.name) else ""
+
+
+def _look_at_name(plan: Plan, found: Findings) -> None:
+    if not plan.name.strip():
+        found.problems.append("The soft prompt has no name. Give it one with --name.")
+    elif not filename(plan.name):
+        found.problems.append(f"No file name can be made of the name {plan.name!r}. Use letters or digits.")
+
+
+def _look_at_places(plan: Plan, found: Findings) -> None:
+    for folder, what in ((plan.places.output.parent, "soft prompt"), (plan.places.work, "training")):
+        there = _nearest(folder)
+        if not there.is_dir():
+            found.problems.append(f"{there} is a file, and the folder of the {what} would have to be there.")
+        elif not os.access(there, os.W_OK | os.X_OK):
+            found.problems.append(f"{there} cannot be written to, and the {what} goes there. Choose another --output.")
+
+
+def _look_at_data(plan: Plan, found: Findings) -> int:
+    """Bytes of the data."""
+    try:
+        files = files_of(plan.data)
+    except (TrainingError, OSError) as error:
+        found.problems.append(str(error))
+        return 0
+    closed = [file for file in files if not os.access(file, os.R_OK)]
+    found.problems += [f"{file} cannot be read: no permission." for file in closed[:5]]
+    if closed:
+        return 0
+    n_bytes = sum(file.stat().st_size for file in files)
+    letters = 0
+    for file in files:
+        try:
+            letters += sum(len(passage.text) for passage in passages(file, _AnyTemplate()))
+        except (TrainingError, OSError) as error:
+            found.problems.append(str(error))
+            letters += 1
+    if not letters:
+        found.problems.append(f"The files in {plan.data} hold no text.")
+    elif n_bytes < _TINY_BYTES:
+        found.remarks.append(
+            f"The data are {n_bytes / 1000:.1f} kB of text. That is very little: the soft prompt learns to repeat it "
+            "more than to write like it; 8 MB or more work best."
+        )
+    elif n_bytes < _ADVISED_BYTES:
+        found.remarks.append(f"The data are {n_bytes / 1e6:.1f} MB of text; 8 MB or more, on one theme, work best.")
+    return n_bytes
+
+
+def _look_at_model(plan: Plan, found: Findings) -> Optional[Dict[str, Any]]:
+    """The model's configuration, if it is a causal model."""
+    folder = Path(plan.model)
+    is_folder = folder.is_dir()
+    if not is_folder and (folder.is_absolute() or plan.model.startswith((".", "~")) or plan.model.count("/") > 1):
+        found.problems.append(f"There is no folder {plan.model}. Check --model.")
+        return None
+    if is_folder and not (folder / "config.json").is_file():
+        hint = " The .gguf file in it is for llama.cpp; training needs the model's original files." * any(
+            folder.glob("*.gguf")
+        )
+        found.problems.append(f"There is no config.json in {folder}, so it is no model that transformers loads.{hint}")
+        return None
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(plan.model)
+    except Exception as error:  # each release has errors of its own for each kind of trouble
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        found.problems.append(f"The configuration of {plan.model} cannot be read: {reason}")
+        return None
+    masked = [str(each).endswith("ForMaskedLM") for each in config.architectures or ()]
+    is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not (masked and all(masked))
+    if not is_causal or getattr(config, "is_encoder_decoder", False):
+        found.problems.append(
+            f"{plan.model} is no causal language model but a {config.model_type}. Soft prompts are for models that "
+            "continue text, such as GPT-J, OPT or Llama."
+        )
+        return None
+    if is_folder:
+        if not _weights(folder):
+            found.problems.append(f"There are no weights (.safetensors, .bin) in {folder}; the download is incomplete.")
+        names = (
+            "tokenizer.json",
+            "tokenizer.model",
+            "vocab.json",
+            "tokenizer_config.json",
+            "vocab.txt",
+            "spiece.model",
+        )
+        if not any((folder / name).is_file() for name in names):
+            found.problems.append(f"There is no tokenizer in {folder} (tokenizer.json or the like).")
+    known: Dict[str, Any] = config.to_dict()
+    return known
+
+
+def _look_at_context(plan: Plan, known: Optional[ModelFacts], found: Findings) -> None:
+    settings = plan.settings
+    if known is None or known.context is None or settings.n_tokens + settings.block <= known.context:
+        return
+    if settings.n_tokens >= known.context - 8:
+        found.problems.append(
+            f"{settings.n_tokens} tokens of soft prompt leave no room in a context of {known.context}. Lower --tokens."
+        )
+    else:
+        found.problems.append(
+            f"{settings.n_tokens} tokens of soft prompt and {settings.block} of text are more than the model's context "
+            f"of {known.context}. Try --block {known.context - settings.n_tokens}."
+        )
+
+
+def _look_at_start(plan: Plan, known: Optional[ModelFacts], found: Findings) -> None:
+    for path in plan.start_from:
+        try:
+            start = SoftPrompt.load(path)
+        except FormatError as error:
+            found.problems.append(f"The soft prompt to start from cannot be read: {error}.")
+        except OSError as error:
+            found.problems.append(f"The soft prompt to start from, {path}: {error.strerror or error}.")
+        else:
+            if known is not None and known.width is not None and start.width != known.width:
+                found.problems.append(
+                    f"The soft prompt to start from, {path}, is made for {start.width} columns, this model has "
+                    f"{known.width}."
+                )
+
+
+def _look_at_disk(plan: Plan, n_bytes: int, found: Findings) -> None:
+    # Three bytes of text make about a token, of at most five bytes on the disk; and the checkpoint.
+    needed = 2 * n_bytes + 50_000_000
+    there = _nearest(plan.places.work)
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        found.problems.append(
+            f"The disk of {there} has {free / 1e6:.0f} MB left; this training needs about {needed / 1e6:.0f} MB."
+        )
+
+
+def _look_at_packages(plan: Plan, found: Findings) -> None:
+    needed = {"8bit": ("accelerate", "bitsandbytes"), "4bit": ("accelerate", "bitsandbytes")}.get(plan.precision, ())
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        found.problems.append(
+            f"--precision {plan.precision} needs {' and '.join(missing)}: pip install {' '.join(missing)}"
+        )
+    if in_order("&amp;") == "&amp;":
+        found.remarks.append(
+            f"ftfy is not installed: characters from a wrong encoding are learned as they are. {INSTALL}"
+        )
+
+
+def _look_at_memory(plan: Plan, config: Dict[str, Any], found: Findings) -> None:
+    folder = Path(plan.model)
+    free, where = free_memory()
+    stored = _stored_bytes_per_weight(config)
+    count = sum(file.stat().st_size for file in _weights(folder)) / stored if folder.is_dir() else 0
+    if not count or not free:
+        return
+    is_gpu = where != "memory"
+    needed = _needed(count, config, plan.settings, plan.precision, stored, is_gpu)
+    if needed <= free:
+        return
+    fitting = []
+    for precision in PRECISIONS[1:]:
+        for layers in (False, True):
+            changed = Settings(**{**vars(plan.settings), "checkpoint_layers": layers})
+            would = _needed(count, config, changed, precision, stored, is_gpu)
+            options = f"--precision {precision}" + " --checkpoint-layers" * layers
+            if would <= free:
+                fitting.append((would, options))
+                break
+    advice = (
+        "This would fit: " + "; ".join(f"{options} ({would / 1e9:.1f} GB)" for would, options in fitting) + "."
+        if fitting
+        else "No precision that it could be loaded in would fit: take a smaller model."
+    )
+    found.problems.append(
+        f"The {where} has {free / 1e9:.1f} GB left; this model of {count / 1e9:.2g} billion weights and its training "
+        f"need about {needed / 1e9:.1f} GB. {advice}"
+    )
+
+
+def free_memory() -> Tuple[int, str]:
+    """Bytes that are free where the model would be, and what to call that; 0 where nothing tells."""
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0]), "GPU's memory"
+    free = 0
+    try:
+        import psutil
+
+        free = int(psutil.virtual_memory().available)
+    except ImportError:
+        try:
+            lines = Path("/proc/meminfo").read_text().splitlines()
+            free = next(int(each.split()[1]) * 1024 for each in lines if each.startswith("MemAvailable"))
+        except (OSError, StopIteration):
+            return 0, "memory"
+    try:  # a container may be given less than its machine has
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        free = min(free, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    except (OSError, ValueError):
+        pass
+    return max(1, free), "memory"
+
+
+def _needed(
+    count: float, config: Dict[str, Any], settings: Settings, precision: str, stored: float, is_gpu: bool
+) -> float:
+    """Bytes, roughly: the weights, what the layers keep for the backward pass, a chunk of logits."""
+    per_weight = BYTES_PER_WEIGHT.get(precision) or (stored if is_gpu else 4.0)
+    weights = count * per_weight
+    if precision == "auto" and not is_gpu:
+        weights += count * stored / 4  # converted tensor by tensor, while the file is in memory
+    number = [config.get(name) for name in ("num_hidden_layers", "n_layer", "num_layers")]
+    width = [config.get(name) for name in ("hidden_size", "n_embd", "d_model")]
+    layers, columns = (next((each for each in some if isinstance(each, int)), 32) for some in (number, width))
+    value = 2.0 if per_weight <= 2 else 4.0
+    row = settings.block + settings.n_tokens
+    tokens = settings.batch_tokens or (row if is_gpu else 2048)
+    kept = tokens * layers * columns * value * (1 if settings.checkpoint_layers else 24)
+    if settings.checkpoint_layers:
+        kept += tokens * columns * value * 24
+    return weights + kept + _CHUNK_BYTES
+
+
+def _stored_bytes_per_weight(config: Dict[str, Any]) -> float:
+    stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    return next((size for name, size in (("float16", 2.0), ("bfloat16", 2.0), ("float64", 8.0)) if name in stored), 4.0)
+
+
+def _weights(folder: Path) -> List[Path]:
+    """The files with the weights; of two forms of the same, one."""
+    for pattern in ("model*.safetensors", "*.safetensors", "pytorch_model*.bin"):
+        files = sorted(folder.glob(pattern))
+        if files:
+            return files
+    return []
+
+
+def _nearest(folder: Path) -> Path:
+    """``folder``, or the nearest above it that is there."""
+    folder = folder.absolute()
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+class _AnyTemplate:
+    """Stands in for a tokenizer while files are looked at: writes messages as they are."""
+
+    chat_template = "none"
+
+    def apply_chat_template(self, messages: List[Any], **options: Any) -> str:
+        return "\n".join(str(json.dumps(message["content"])) + message["role"] for message in messages)

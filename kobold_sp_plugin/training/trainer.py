@@ -1,0 +1,465 @@
+"""Training: rows in float32 over a frozen model."""
+
+import hashlib
+import math
+import os
+import tempfile
+import time
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Union
+
+import numpy as np
+import torch
+import torch.utils.checkpoint
+import transformers
+
+from .. import __version__
+from ..compatibility import fingerprint
+from ..errors import Diverged, NoData, NotEnoughMemory
+from ..patching import patch
+from ..softprompt import OWN_KEY, Order, SoftPrompt
+from . import checkpoint
+from .checkpoint import Checkpoint
+from .dataset import IGNORED, Batch, Dataset
+from .initial import initial_rows
+from .loss import cross_entropy, head_of
+from .settings import Settings
+from .texts import Passage, documents, files_of, in_order, passages
+from .trainable import TrainableRows
+
+Data = Union[Dataset, str, "os.PathLike[str]", Iterable[str]]
+"""A file or folder, texts, or a data set that is tokenised already."""
+
+_CPU_BATCH_TOKENS = 2048
+_SAVE_SECONDS = 60.0
+"""A checkpoint at least this often; more often where ``save_every`` steps take less."""
+
+
+class Progress(NamedTuple):
+    """After a step."""
+
+    step: int
+    steps: int
+    loss: float
+    """Of the step's batches, nats per token."""
+    held_out: Optional[float]
+    """Nats per token; None where this step did not look."""
+    best: Optional[float]
+    """Best held-out loss until now."""
+    tokens_per_second: float
+    """Of text, since this run began."""
+    seconds_left: float
+
+
+def train(
+    model: Any,
+    tokenizer: Any,
+    data: Data,
+    settings: Settings = Settings(),  # noqa: B008 - frozen
+    folder: Union[str, Path, None] = None,
+    start_from: Union[SoftPrompt, Sequence[SoftPrompt], None] = None,
+    on_progress: Optional[Callable[[Progress], None]] = None,
+) -> SoftPrompt:
+    """Train a soft prompt for ``model``, a causal model, which is left as it was; ``data`` says what to learn.
+
+    ``folder`` keeps tokens and checkpoints: where one of the same training is, it goes on from there, and on a CPU to
+    the same rows as without the interruption. The soft prompt's metadata says what it was trained on, and its
+    held-out loss before and after, under "kobold_sp_plugin". Of several soft prompts to start from a mixture is
+    trained: all of them, and the weights of their mean; what comes of it is one soft prompt.
+
+    Raises a :class:`~kobold_sp_plugin.errors.TrainingError` or :class:`~kobold_sp_plugin.errors.ModelError`.
+    """
+    with tempfile.TemporaryDirectory(prefix="kobold-sp-train-") as temporary:
+        training = Training(model, tokenizer, data, settings, Path(folder or temporary), start_from)
+        try:
+            for progress in training.run():
+                if on_progress is not None:
+                    on_progress(progress)
+        finally:
+            training.close()
+        return training.softprompt()
+
+
+class Training:
+    """One training; holds the model frozen, and gives it back on :meth:`close`."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        data: Data,
+        settings: Settings,
+        folder: Path,
+        start_from: Union[SoftPrompt, Sequence[SoftPrompt], None] = None,
+    ):
+        self.settings = settings
+        self.folder = folder
+        self._model = model
+        newline = "</s>" if getattr(model.config, "model_type", "") == "xglm" else "\n"
+        self.dataset = (
+            data
+            if isinstance(data, Dataset)
+            else Dataset.write(
+                _passages(data, tokenizer),
+                tokenizer,
+                folder,
+                settings.block,
+                newline,
+                _source(data, tokenizer, settings),
+            )
+        )
+        self._pieces, self._held = self.dataset.split(settings.held_out, settings.seed)
+        self._start = len(self.dataset.prefix) if settings.order is Order.AFTER_BOS else 0
+        self.resumed_at: Optional[int] = None
+        """The step of the checkpoint that this goes on from."""
+        self._mid_step = False
+        self._restore = _frozen(model, settings.checkpoint_layers)
+        try:
+            probe = torch.as_tensor(self.dataset.batch(self._pieces[:1]).ids[:, :64], device=_device_of(model))
+            self._parts = head_of(model, probe)
+            rows = initial_rows(model, tokenizer, settings, self.dataset, start_from)
+            self.rows = TrainableRows(model, rows)
+            self._learning = list(self.rows.parameters())
+            self._optimizer = _optimizer(self._learning, settings)
+            self._about = {
+                **settings.as_json(),
+                "data": self.dataset.digest,
+                "model": fingerprint(model),
+                "initial rows": _digest(rows),
+            }
+            del self._about["save_every"]  # changes no rows
+            found = checkpoint.load(folder, self._about)
+            # What was found by trial stays: another machine, or a fuller one, would find another number.
+            self.batch_tokens = found.batch_tokens if found else settings.batch_tokens or self._found_batch_tokens()
+            self.steps = settings.steps or self._default_steps()
+            self._step = 0
+            self._best = self.rows.in_units()
+            self.best_loss: Optional[float] = None
+            self._looks_since_best = 0
+            self.history: List[Dict[str, float]] = []
+            """One entry a step: "step", "loss", and "held_out" where it looked."""
+            if found is not None:
+                self._go_on_from(found)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def step(self) -> int:
+        """Steps that are done."""
+        return self._step
+
+    @property
+    def openings_from(self) -> Sequence[int]:
+        """Pieces whose beginnings show best what was learned: those held out, else the others."""
+        return self._held or self._pieces
+
+    def close(self) -> None:
+        """Give the model back as it was."""
+        self._restore()
+
+    def run(self) -> Iterator[Progress]:
+        """Train to the end, saving as it goes; what was done is saved also when this ends early."""
+        if self._held and self.best_loss is None and self._step == 0:
+            without = self.held_out_loss(with_rows=False)
+            self._note_look(self.held_out_loss())
+            self.history.append({"step": 0, "held_out": float(self.best_loss or 0), "without": without})
+        begun, done, tokens = time.monotonic(), self._step, 0
+        saved = begun
+        batches = self._batches(self._step * self.settings.accumulate)
+        try:
+            while self._step < self.steps and not self._has_given_up():
+                loss, count = self._one_step([next(batches) for _ in range(self.settings.accumulate)])
+                tokens += count
+                self._step += 1
+                entry: Dict[str, float] = {"step": self._step, "loss": loss}
+                held_out = None
+                if self._held and (self._step % self._look_every == 0 or self._step == self.steps):
+                    held_out = entry["held_out"] = self.held_out_loss()
+                    self._note_look(held_out)
+                self.history.append(entry)
+                self._mid_step = False
+                if self._step % self.settings.save_every == 0 or time.monotonic() - saved > _SAVE_SECONDS:
+                    self.save()
+                    saved = time.monotonic()
+                seconds = max(1e-9, time.monotonic() - begun)
+                left = seconds / (self._step - done) * (self.steps - self._step)
+                yield Progress(self._step, self.steps, loss, held_out, self.best_loss, tokens / seconds, left)
+        finally:
+            if not self._mid_step:  # an interruption inside a step leaves rows and optimizer at odds
+                self.save()
+
+    def held_out_loss(self, with_rows: bool = True) -> float:
+        """Nats per learned token of what is held out, with the rows as they are, or without any."""
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for pieces in self.dataset.batches(self._held, self.batch_tokens, self.settings.n_tokens, "held out"):
+                loss, learned = self._loss(self.dataset.batch(pieces), with_rows)
+                total += float(loss)
+                count += learned
+        return total / max(1, count)
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        states = self._optimizer.state_dict()["state"]
+        now = Checkpoint(
+            about=self._about,
+            step=self._step,
+            parameters=[each.detach().cpu().numpy() for each in self._learning],
+            best=self._best,
+            best_loss=self.best_loss,
+            looks_since_best=self._looks_since_best,
+            history=self.history,
+            optimizer=[states.get(number, {}) for number in range(len(self._learning))],
+            batch_tokens=self.batch_tokens,
+        )
+        checkpoint.save(now, self.folder)
+
+    def softprompt(self) -> SoftPrompt:
+        """The best rows until now (by held-out loss; the last ones where nothing is held out)."""
+        best = self._best if self._held else self.rows.in_units()
+        looks = [entry for entry in self.history if "held_out" in entry]
+        about = {
+            "data_sha256": self.dataset.digest,
+            "documents": self.dataset.n_documents,
+            "tokens": self.dataset.n_tokens,
+            "steps": self._step,
+            "mixture": self.rows.weights,
+            "settings": self.settings.as_json(),
+            "loss": self.history[-1].get("loss") if self.history else None,
+            "held_out_without": looks[0]["without"] if looks else None,
+            "held_out_before": looks[0]["held_out"] if looks else None,
+            "held_out_after": self.best_loss,
+            "versions": {
+                "kobold_sp_plugin": __version__,
+                "torch": str(torch.__version__),
+                "transformers": transformers.__version__,
+            },
+        }
+        own = {
+            "order": self.settings.order.value,
+            "scale": "matrix",
+            "fingerprint": self._about["model"],
+            "training": about,
+        }
+        return SoftPrompt(best * np.float32(self.rows.unit), {OWN_KEY: own})
+
+    # One step
+
+    def _one_step(self, batches: Sequence[Sequence[int]]) -> "tuple[float, int]":
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate * share_of_rate(self._step, self.steps, self.settings)
+        self._optimizer.zero_grad(set_to_none=True)
+        total, count = 0.0, 0
+        for pieces in batches:
+            loss, learned = self._loss(self.dataset.batch(pieces))
+            loss.backward()
+            total += float(loss.detach())
+            count += learned
+        # Here, in float32, and not before: divided among all tokens, the gradients of a model in float16 would vanish.
+        gradients = [each.grad for each in self._learning if each.grad is not None]
+        for gradient in gradients:
+            gradient.div_(max(1, count))
+        norm = math.hypot(*(float(torch.linalg.vector_norm(gradient)) for gradient in gradients))
+        if not math.isfinite(total) or not math.isfinite(norm):
+            raise Diverged(
+                f"At step {self._step + 1} the loss is {total / max(1, count):.3g} and the gradient's norm {norm:.3g}. "
+                "The best rows until then are kept; try a smaller learning rate, or a model in float32 or bfloat16."
+            )
+        if self.settings.clip and norm > self.settings.clip:
+            for gradient in gradients:
+                gradient.mul_(self.settings.clip / norm)
+        self._mid_step = True
+        self._optimizer.step()
+        return total / max(1, count), count
+
+    def _loss(self, batch: Batch, with_rows: bool = True) -> "tuple[torch.Tensor, int]":
+        """The loss in nats, summed over the learned tokens, and how many there are.
+
+        Without rows the first text token, which the last soft token would predict, is predicted by what stands before
+        it where anything does, and else is not counted.
+        """
+        device = _device_of(self._model)
+        start, n_tokens = self._start, self.settings.n_tokens if with_rows else 0
+        with self.rows.read_by(self._model, start) if with_rows else nullcontext(0) as soft_id:
+            text = torch.as_tensor(batch.ids, device=device)
+            soft = text.new_full((len(text), n_tokens), soft_id)
+            ids = torch.cat([text[:, :start], soft, text[:, start:]], dim=1)
+            labels = np.concatenate(
+                [batch.labels[:, :start], np.full((len(text), n_tokens), IGNORED), batch.labels[:, start:]], axis=1
+            )
+            # The state at a position predicts the token after it.
+            here = np.flatnonzero(labels[:, 1:] != IGNORED)
+            rows, columns = np.divmod(here, labels.shape[1] - 1)
+            at, next_to = (torch.as_tensor(rows * labels.shape[1] + columns + each, device=device) for each in (0, 1))
+            wanted = ids.flatten()[next_to]
+            if self._parts is None:
+                logits = self._model(input_ids=ids, use_cache=False).logits
+                picked = logits.flatten(0, 1)[at.to(logits.device)].float()
+                loss = torch.nn.functional.cross_entropy(picked, wanted.to(picked.device), reduction="sum")
+            else:
+                body, head = self._parts
+                hidden = body(input_ids=ids, use_cache=False)[0]
+                hidden = hidden.flatten(0, 1)[at.to(hidden.device)].to(head.weight.device)
+                loss = cross_entropy(head, hidden, wanted.to(hidden.device))
+        return loss, len(here)
+
+    # What follows from the settings
+
+    @property
+    def _look_every(self) -> int:
+        return self.settings.evaluate_every or max(1, self.steps // 20)
+
+    def _default_steps(self) -> int:
+        per_epoch = len(list(self._epoch(0)))
+        wanted = math.ceil(self.settings.epochs * per_epoch / self.settings.accumulate)
+        return max(1, min(wanted, self.settings.most_steps))
+
+    def _epoch(self, number: int) -> Iterator[Sequence[int]]:
+        order = f"{self.settings.seed}:{number}"
+        return self.dataset.batches(self._pieces, self.batch_tokens, self.settings.n_tokens, order)
+
+    def _batches(self, skip: int) -> Iterator[Sequence[int]]:
+        """Batches without end, epoch after epoch, from the ``skip``-th on."""
+        number = 0
+        while True:
+            for pieces in self._epoch(number):
+                if skip:
+                    skip -= 1
+                    continue
+                yield pieces
+            number += 1
+
+    def _found_batch_tokens(self) -> int:
+        """As many tokens as fit the device's memory, found by trial; on a CPU a number that is quick everywhere."""
+        if _device_of(self._model).type == "cpu":
+            return _CPU_BATCH_TOKENS
+        longest = max(self._pieces, key=self.dataset.length)
+        row = self.dataset.length(longest) + self.settings.n_tokens
+        fitting, count = 0, 1
+        while count * row <= 2**17:
+            try:
+                loss, _ = self._loss(self.dataset.batch([longest] * count))
+                loss.backward()
+            except torch.cuda.OutOfMemoryError:
+                break
+            finally:
+                self._optimizer.zero_grad(set_to_none=True)
+                torch.cuda.empty_cache()
+            fitting, count = count, count * 2
+        if not fitting:
+            raise NotEnoughMemory(
+                f"Not even one text of {row} tokens fits the memory of {_device_of(self._model)}. Try a smaller "
+                "--block, --checkpoint-layers, or a smaller or more coarsely quantised model."
+            )
+        return fitting * row
+
+    def _has_given_up(self) -> bool:
+        return bool(self.settings.patience) and self._looks_since_best >= self.settings.patience
+
+    def _note_look(self, held_out: float) -> None:
+        if self.best_loss is None or held_out < self.best_loss:
+            self.best_loss = held_out
+            self._best = self.rows.in_units()
+            self._looks_since_best = 0
+        else:
+            self._looks_since_best += 1
+
+    def _go_on_from(self, found: Checkpoint) -> None:
+        self.resumed_at = found.step
+        self._step, self._best, self.best_loss = found.step, found.best, found.best_loss
+        self._looks_since_best, self.history = found.looks_since_best, found.history
+        with torch.no_grad():
+            for each, array in zip(self._learning, found.parameters):
+                each.copy_(torch.from_numpy(array))
+        state = self._optimizer.state_dict()
+        state["state"] = {number: each for number, each in enumerate(found.optimizer) if each}
+        self._optimizer.load_state_dict(state)
+
+
+def share_of_rate(step: int, steps: int, settings: Settings) -> float:
+    """Linear warm-up, then a cosine down to ``settings.final``."""
+    warmup = max(1, round(settings.warmup * steps)) if settings.warmup else 0
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return settings.final + (1 - settings.final) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _passages(data: Data, tokenizer: Any) -> Iterable[Passage]:
+    if isinstance(data, (str, os.PathLike)):
+        return passages(Path(data), tokenizer)
+    texts = list(data)  # type: ignore[arg-type]
+    if not texts:
+        raise NoData("There are no texts to learn from.")
+    return (passage for text in texts for passage in documents(text))
+
+
+def _source(data: Data, tokenizer: Any, settings: Settings) -> Optional[str]:
+    """A digest of the files, and of what their tokens depend on besides; None where the data are no files."""
+    if not isinstance(data, (str, os.PathLike)):
+        return None
+    words = getattr(tokenizer, "backend_tokenizer", None)
+    about = [words.to_str() if words is not None else sorted(tokenizer.get_vocab().items()), settings.block]
+    about += [getattr(tokenizer, "chat_template", None), in_order("&amp;"), tokenizer.eos_token_id]
+    digest = hashlib.sha256(repr(about).encode("utf-8", errors="surrogatepass"))
+    for file in files_of(Path(data)):
+        digest.update(hashlib.sha256(str(file).encode("utf-8", errors="surrogateescape")).digest())
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _optimizer(parameters: Sequence[torch.nn.Parameter], settings: Settings) -> Any:
+    if settings.optimizer == "adafactor":
+        from transformers.optimization import Adafactor
+
+        options = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
+        return Adafactor(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, **options)
+    return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+
+
+def _frozen(model: Any, checkpoint_layers: bool) -> Callable[[], None]:
+    """Freeze ``model``, in place and in evaluation mode; returns what takes that back."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    modes = [module for module in model.modules() if module.training]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    model.eval()
+    hooks = [patch(layer, "forward", _recomputed) for layer in _layers(model)] if checkpoint_layers else []
+
+    def restore() -> None:
+        for hook in hooks:
+            hook.undo()
+        for parameter in learning:
+            parameter.requires_grad_(True)
+        for module in modes:
+            module.training = True
+
+    return restore
+
+
+def _layers(model: Any) -> Sequence[Any]:
+    """The model's layers: the longest list of modules of one class."""
+    lists = [list(each) for each in model.modules() if isinstance(each, torch.nn.ModuleList)]
+    return max((each for each in lists if len({type(layer) for layer in each}) == 1), key=len, default=[])
+
+
+def _recomputed(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """A layer that keeps nothing for the backward pass but its input.
+
+    The models' own gradient checkpointing is off in evaluation mode, and training mode would bring dropout.
+    """
+    if not torch.is_grad_enabled():
+        return original(*args, **kwargs)
+    return torch.utils.checkpoint.checkpoint(partial(original, **kwargs), *args, use_reentrant=False)
+
+
+def _device_of(model: Any) -> torch.device:
+    device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _digest(rows: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(rows).tobytes()).hexdigest()

@@ -1,0 +1,311 @@
+"""`kobold-sp train` and `kobold-sp dataset`, as a user runs them."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from models import FAMILY, tiny_model, tiny_tokenizer
+
+from kobold_sp_plugin import SoftPrompt, cli
+from kobold_sp_plugin.cli import main
+from kobold_sp_plugin.softprompt import OWN_KEY
+
+pytest.importorskip("ftfy")
+
+ROOT = Path(cli.__file__).resolve().parents[2]
+TEXTS = [f"The door opened and the rain came in. Nobody said a word; {word}." for word in "abcdefghijklmnopqrst"]
+QUICK = ("--tokens", 4, "--block", 32, "--batch-tokens", 120)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "tiny-story"
+    tiny_model(FAMILY).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("<|endoftext|>".join(TEXTS), encoding="utf-8")
+    return tmp_path
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(each) for each in arguments])
+
+
+def train(model_folder, *arguments, name="Rain", steps=10):
+    return run(
+        "train", "--data", "texts", "--name", name, "--model", model_folder, "--steps", steps, *QUICK, *arguments
+    )
+
+
+def command(*arguments):
+    """The command line in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    code = "from kobold_sp_plugin.cli import main; main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def files_in(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+class TestTrain:
+    def test_the_soft_prompt_is_in_its_folder_and_says_what_it_is(self, here, model_folder):
+        answer = train(model_folder, "--author", "Ada", "--description", "Rain.")
+        assert answer.exit_code == 0, answer.output
+        assert "helps" in answer.stdout
+        assert files_in(here / "softprompts") == ["Rain.zip"]
+        found = SoftPrompt.load("softprompts/Rain.zip")
+        assert (found.name, found.author, found.description) == ("Rain", "Ada", "Rain.")
+        assert (found.n_tokens, found.width, found.supported) == (4, 32, ["tiny-story"])
+        own = found.metadata[OWN_KEY]
+        about = own["training"]
+        assert own["fingerprint"] and about["model"] == "tiny-story" and about["steps"] == 10
+        assert about["held_out_after"] < about["held_out_without"]
+        assert about["settings"]["n_tokens"] == 4 and len(about["data_sha256"]) == 64
+        assert set(about["versions"]) == {"kobold_sp_plugin", "torch", "transformers"}
+
+    def test_samples_are_shown_on_the_way_and_change_no_rows(self, here, model_folder, monkeypatch):
+        from kobold_sp_plugin.training import making
+
+        answer = train(model_folder, steps=20)
+        assert answer.stderr.count("\n    ") >= 3
+        monkeypatch.setattr(making, "_is_time_for_a_sample", lambda progress: False)
+        answer = train(model_folder, steps=20)
+        assert answer.stderr.count("\n    ") == 0
+        one, other = (SoftPrompt.load(f"softprompts/{name}.zip") for name in ("Rain", "Rain-v2"))
+        assert one.rows.tobytes() == other.rows.tobytes()
+
+    def test_versions_are_numbered_and_nothing_is_overwritten(self, here, model_folder):
+        first = json.loads(train(model_folder, "--json").stdout)
+        before = Path(first["softprompt"]).read_bytes()
+        second = json.loads(train(model_folder, "--json", "--seed", 1).stdout)
+        assert (first["softprompt"], second["softprompt"]) == (
+            str(Path("softprompts/Rain.zip")),
+            str(Path("softprompts/Rain-v2.zip")),
+        )
+        assert Path(first["softprompt"]).read_bytes() == before
+        assert Path("training/Rain/report.html").is_file() and Path("training/Rain-v2/report.html").is_file()
+        again = json.loads(train(model_folder, "--json", "--output", here / "mine" / "x.zip").stdout)
+        same = [SoftPrompt.load(each["softprompt"]).rows.tobytes() for each in (first, again)]
+        assert same[0] == same[1]
+        assert (here / "mine" / "training" / "x" / "report.html").is_file()
+
+    def test_one_that_does_not_help_says_so_and_no_model_means_the_demonstration(self, here):
+        SoftPrompt(np.random.default_rng(0).normal(size=(4, 160)).astype(np.float32)).save("noise.zip")
+        arguments = ("--data", "texts", "--name", "Rain", "--steps", 1, "--learning-rate", 1e-6, "--from", "noise.zip")
+        answer = run("train", *arguments, *QUICK)
+        assert answer.exit_code == 1
+        assert "does not help" in answer.stdout
+        assert "does not help" in Path("training/Rain/report.html").read_text(encoding="utf-8")
+
+    def test_it_goes_on_from_a_soft_prompt(self, here, model_folder):
+        train(model_folder, "--tokens", 6, steps=20)
+        before = SoftPrompt.load("softprompts/Rain.zip").metadata[OWN_KEY]["training"]
+        answer = run(
+            *("train", "--data", "texts", "--name", "More", "--model", model_folder, "--steps", 1, "--block", 32),
+            *("--batch-tokens", 120, "--from", "softprompts/Rain.zip", "--json"),
+        )
+        found = json.loads(answer.stdout)
+        assert SoftPrompt.load(found["softprompt"]).n_tokens == 6
+        assert found["held_out_before"] == pytest.approx(before["held_out_after"], rel=1e-5)
+
+    @pytest.mark.parametrize("kind", ["mtj-softtuner's", "KoboldAI's", "two"])
+    def test_it_goes_on_from_the_checkpoints_of_earlier_tuners_and_mixes(self, here, model_folder, kind):
+        rows = np.random.default_rng(0).normal(size=(5, 32)).astype(np.float32)
+        if kind == "mtj-softtuner's":
+            with open("old.mtjsp", "wb") as file:
+                np.savez_compressed(file, tensor=rows, opt_state=np.array([{}], dtype=object), step=np.uint32(3))
+        elif kind == "KoboldAI's":
+            torch.save({"tensor": torch.tensor(rows), "opt_state": {}, "step": 3, "loss": 1.0}, "old.mtjsp")
+        else:
+            SoftPrompt(rows).save("old.mtjsp")
+        more = ("--from", "old.mtjsp") * (2 if kind == "two" else 1)
+        answer = run(
+            *("train", "--data", "texts", "--name", "More", "--model", model_folder, "--steps", 1, "--block", 32),
+            *("--batch-tokens", 120, "--learning-rate", 1e-6, "--json", *more),
+        )
+        found = SoftPrompt.load(json.loads(answer.stdout)["softprompt"])
+        assert np.allclose(found.rows, rows, atol=1e-4)
+        assert (found.metadata[OWN_KEY]["training"]["mixture"] is not None) == (kind == "two")
+
+    @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+    def test_the_model_is_loaded_in_the_precision_that_is_asked_for(self, here, model_folder, precision):
+        answer = train(model_folder, "--precision", precision, "--json")
+        assert answer.exit_code == 0, answer.output
+        found = SoftPrompt.load(json.loads(answer.stdout)["softprompt"])
+        assert found.metadata[OWN_KEY]["training"]["precision"] == precision
+
+    def test_another_training_of_the_name_is_not_gone_on_from(self, here, model_folder):
+        train(model_folder)
+        Path("softprompts/Rain.zip").unlink()
+        answer = train(model_folder, "--learning-rate", 0.1)
+        assert answer.exit_code == 2
+        assert "learning_rate was 0.3, is 0.1" in answer.output
+
+    def test_a_name_becomes_a_file_name_that_is_valid_everywhere(self, here, model_folder):
+        answer = json.loads(train(model_folder, "--json", name="../Rain: a/b?", steps=1).stdout)
+        name = Path(answer["softprompt"]).name
+        assert not re.search(r'[<>:"/\\|?*]', name)
+        assert SoftPrompt.load(answer["softprompt"]).name == "../Rain: a/b?"
+        assert files_in(here / "softprompts") == [name]
+
+    @pytest.mark.timeout(180)
+    @pytest.mark.skipif(os.name == "nt", reason="signals")
+    def test_ctrl_c_saves_and_the_same_command_goes_on(self, here, model_folder):
+        arguments = ("train", "--data", "texts", "--name", "Rain", "--model", model_folder, "--steps", 400, *QUICK)
+        process = command(*arguments)
+        while "step " not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=50)
+        assert process.returncode == 1
+        step = int(re.search(r"Interrupted at step (\d+); saved", told).group(1))
+        assert not (here / "softprompts").exists()
+        answer = run(*arguments, "--json")
+        assert f"Going on from step {step} of 400" in answer.stderr
+        assert json.loads(answer.stdout)["resumed_at"] == step
+
+    @pytest.mark.timeout(180)  # several processes, each of which imports torch
+    def test_killed_at_any_moment_it_goes_on_to_the_same_rows(self, here, model_folder):
+        arguments = ("train", "--data", "texts", "--model", model_folder, "--steps", 150, *QUICK)
+        assert run(*arguments, "--name", "Whole").exit_code == 0
+        rng = random.Random()
+        killed = 0
+        for _ in range(2):
+            process = command(*arguments, "--name", "Killed")
+            while "documents" not in process.stderr.readline() and process.poll() is None:
+                pass
+            time.sleep(rng.uniform(0.0, 0.7))
+            process.kill()
+            process.communicate()
+            killed += process.returncode != 0
+        assert killed
+        if not Path("softprompts/Killed.zip").exists():
+            assert run(*arguments, "--name", "Killed").exit_code == 0
+        whole, again = (SoftPrompt.load(f"softprompts/{name}.zip") for name in ("Whole", "Killed"))
+        assert again.rows.tobytes() == whole.rows.tobytes()
+        assert again.metadata[OWN_KEY]["training"] == whole.metadata[OWN_KEY]["training"]
+
+    def test_two_of_one_name_do_not_train_at_once(self, here, model_folder):
+        from kobold_sp_plugin.training.places import alone_in
+
+        with alone_in(Path("training/Rain")):
+            answer = train(model_folder)
+        assert answer.exit_code == 2
+        assert "Another process trains" in answer.output
+
+
+class TestWhatIsWrong:
+    def test_everything_is_named_at_once_and_nothing_is_written(self, here, tmp_path):
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "x.jsonl").write_text("{", encoding="utf-8")
+        (tmp_path / "t5").mkdir()
+        (tmp_path / "t5" / "config.json").write_text('{"model_type": "t5"}', encoding="utf-8")
+        (tmp_path / "softprompts").write_text("a file", encoding="utf-8")
+        answer = run("train", "--data", "data", "--name", "/", "--model", tmp_path / "t5", "--from", "nowhere.zip")
+        assert answer.exit_code == 2
+        for part in (
+            "x.jsonl, line 1",
+            "no file name",
+            "no causal language model but a t5",
+            "nowhere.zip",
+            "is a file",
+        ):
+            assert part.lower() in answer.output.lower()
+        assert not (here / "training").exists()
+
+    @pytest.mark.parametrize(
+        "arguments, why",
+        [
+            (("--data", "nowhere"), "no file or folder nowhere"),
+            (("--model", "./nowhere"), "no folder ./nowhere"),
+            (("--model", "texts"), "no config.json"),
+            (("--name", " "), "no name"),
+            (("--tokens", 126), "leave no room in a context of 128"),
+            (("--block", 200), "Try --block 124"),
+            (("--learning-rate", -1), "learning_rate is -1"),
+            (("--initial-text", "@nowhere.txt"), "nowhere.txt"),
+        ],
+    )
+    def test_each_is_named(self, here, model_folder, arguments, why):
+        answer = train(model_folder, *arguments)
+        assert answer.exit_code == 2
+        assert why in answer.output
+
+    def test_an_empty_text_is_no_data(self, here, model_folder):
+        Path("texts/a.txt").write_text("\n\n", encoding="utf-8")
+        assert "hold no text" in train(model_folder).output
+
+    def test_a_width_that_does_not_fit_is_named(self, here, model_folder):
+        SoftPrompt(np.ones((2, 64), np.float32)).save("wide.zip")
+        answer = train(model_folder, "--from", "wide.zip")
+        assert answer.exit_code == 2
+        assert "made for 64 columns, this model has 32" in answer.output
+
+    def test_a_model_without_weights_or_tokenizer_is_named(self, here, model_folder):
+        Path("half").mkdir()
+        Path("half/config.json").write_bytes((model_folder / "config.json").read_bytes())
+        answer = train("half")
+        assert "no weights" in answer.output and "no tokenizer" in answer.output
+
+    def test_memory_that_does_not_suffice_is_named_with_what_would(self, here, model_folder, monkeypatch):
+        from kobold_sp_plugin.training import preflight
+
+        monkeypatch.setattr(preflight, "free_memory", lambda: (205 * 10**6, "memory"))
+        weights = Path("large")
+        weights.mkdir()
+        for file in model_folder.iterdir():
+            (weights / file.name).write_bytes(file.read_bytes())
+        with open(weights / "model.safetensors", "ab") as file:
+            file.truncate(400_000)
+        answer = train(weights, "--batch-tokens", 2000)
+        assert answer.exit_code == 2
+        assert "memory has 0.2 GB left" in answer.output and "--checkpoint-layers" in answer.output
+
+    def test_a_fine_tune_is_told_of_its_core_model(self, here, model_folder, tmp_path):
+        folder = tmp_path / "tuned"
+        folder.mkdir()
+        for file in model_folder.iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+        (folder / "README.md").write_text("---\nbase_model: core/model-6B\n---\n# Tuned\n", encoding="utf-8")
+        answer = train(folder, steps=1)
+        assert "is a fine-tune of core/model-6B" in answer.output and "--model core/model-6B" in answer.output
+
+
+class TestDataset:
+    def test_what_is_amiss_is_told_and_mended(self, here):
+        Path("texts/b.txt").write_bytes("<p>Die Tür &amp; das Fenster.</p>".encode("cp1252"))
+        Path("texts/c.txt").write_text(TEXTS[0], encoding="utf-8")
+        answer = run("dataset", "check", "texts")
+        assert answer.exit_code == 1
+        for word in ("encoding", "markup", "entities", "twice", 'dataset clean "texts"'):
+            assert word in answer.output
+        assert run("dataset", "clean", "texts", "clean").exit_code == 0
+        found = json.loads(run("dataset", "check", "clean", "--json").stdout)
+        assert found["clean"] and {remark["kind"] for remark in found["remarks"]} == {"size"}
+
+    def test_wrong_use_is_2(self, here):
+        assert run("dataset", "check", "nowhere").exit_code == 2
+        assert run("dataset", "clean", "texts", "texts").exit_code == 2

@@ -1,0 +1,94 @@
+import pytest
+
+from kobold_sp_plugin import errors
+from kobold_sp_plugin.training.advice import advise, clean, mend
+
+pytest.importorskip("ftfy")
+
+PARAGRAPH = (
+    "The lighthouse keeper had counted the ships every evening for thirty years, and not once in all that time had "
+    "the number come out the same twice. He wrote them down with a pencil in a book that nobody would ever read, "
+    "and then he trimmed the lamp and went to bed. That night the sea was still and a ship came in without lights."
+)
+
+
+def wrapped(text, columns=70):
+    lines, line = [], ""
+    for word in text.split():
+        if len(line) + 1 + len(word) > columns:
+            lines.append(line)
+            line = word
+        else:
+            line = f"{line} {word}".strip()
+    return "\n".join([*lines, line])
+
+
+def kinds(path):
+    return {remark.kind for remark in advise(path).remarks}
+
+
+def test_clean_text_has_no_remark_but_on_its_size(tmp_path):
+    (tmp_path / "a.txt").write_text(PARAGRAPH + "\n\n" + PARAGRAPH[::-1], encoding="utf-8")
+    assert kinds(tmp_path) == {"size"}
+
+
+@pytest.mark.parametrize(
+    "kind, text",
+    [
+        ("wrap", wrapped(PARAGRAPH)),
+        ("markup", "<p>Hello <b>you</b></p>"),
+        ("entity", "salt &amp; pepper"),
+        ("mojibake", "The cafÃ© was closed, and the naÃ¯ve waiter slept."),
+        ("control", "a\x07b"),
+    ],
+)
+def test_each_trouble_is_found_and_mended_for_good(tmp_path, kind, text):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.txt").write_text(text, encoding="utf-8")
+    assert kind in kinds(tmp_path / "data")
+    clean(tmp_path / "data", tmp_path / "clean")
+    assert kind not in kinds(tmp_path / "clean")
+    mended = (tmp_path / "clean" / "a.txt").read_text(encoding="utf-8")
+    assert mend(mended) == mended
+    assert (tmp_path / "data" / "a.txt").read_text(encoding="utf-8") == text
+
+
+def test_a_paragraph_that_was_broken_is_whole_again():
+    assert mend(wrapped(PARAGRAPH) + "\n\n" + wrapped(PARAGRAPH, 70)) == f"{PARAGRAPH}\n\n{PARAGRAPH}"
+
+
+@pytest.mark.parametrize(
+    "text", ["Roses are red,\nViolets are blue,\nSugar is sweet,\nAnd so are you.", "a\nb\nc\nd\ne\nf"]
+)
+def test_lines_that_are_meant_stay(text):
+    assert mend(text) == text
+
+
+def test_a_document_that_is_there_twice_is_kept_once(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.txt").write_text("One.<|endoftext|>Two.", encoding="utf-8")
+    (tmp_path / "data" / "b.txt").write_text("Two. ", encoding="utf-8")
+    assert "duplicate" in kinds(tmp_path / "data")
+    assert [path.name for path in clean(tmp_path / "data", tmp_path / "clean")] == ["a.txt"]
+    assert (tmp_path / "clean" / "a.txt").read_text(encoding="utf-8") == "One.\n<|endoftext|>\nTwo."
+
+
+def test_a_guessed_encoding_is_named_and_becomes_utf_8(tmp_path):
+    text = "Die Tür öffnete sich, und der Regen kam herein; niemand hörte das Geräusch. " * 3
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.txt").write_bytes(text.encode("cp1252"))
+    assert "encoding" in kinds(tmp_path / "data")
+    clean(tmp_path / "data", tmp_path / "clean")
+    assert (tmp_path / "clean" / "a.txt").read_text(encoding="utf-8").strip() == text.strip()
+
+
+def test_nothing_is_overwritten(tmp_path):
+    (tmp_path / "a.txt").write_text("One.", encoding="utf-8")
+    with pytest.raises(FileExistsError, match="holds something"):
+        clean(tmp_path / "a.txt", tmp_path)
+
+
+def test_files_without_text_are_no_data(tmp_path):
+    (tmp_path / "a.txt").write_text(" \n", encoding="utf-8")
+    with pytest.raises(errors.NoData):
+        advise(tmp_path)

@@ -1,0 +1,282 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from models import FAMILIES, FAMILY, softprompt, tiny_model, tiny_tokenizer
+
+from kobold_sp_plugin import SoftPrompt, attach, errors
+from kobold_sp_plugin.compatibility.matrix import matrix_of
+from kobold_sp_plugin.softprompt import OWN_KEY, Order
+from kobold_sp_plugin.training import Settings, Training, train
+from kobold_sp_plugin.training.dataset import Dataset
+from kobold_sp_plugin.training.initial import initial_rows
+from kobold_sp_plugin.training.texts import documents
+
+TEXTS = [f"The door opened and the rain came in. Nobody said a word; {word}." for word in "abcdefghijklmnop"]
+QUICK = Settings(n_tokens=4, steps=6, block=32, batch_tokens=200, evaluate_every=2, save_every=2, learning_rate=0.1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def settings(**changes):
+    return Settings(**{**{name: getattr(QUICK, name) for name in QUICK.__dataclass_fields__}, **changes})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("order", list(Order))
+def test_the_loss_is_that_of_the_text_behind_the_soft_tokens(tokenizer, family, order, tmp_path):
+    """What is trained is what is served: the soft tokens of `attach` give the same loss."""
+    model = tiny_model(family)
+    training = Training(model, tokenizer, TEXTS, settings(order=order), tmp_path)
+    found = training.held_out_loss()
+    training.close()
+    handle = attach(model)
+    handle.select(SoftPrompt(training.rows.rows, order=order))
+    total, count = 0.0, 0
+    for piece in training._held:
+        ids = torch.tensor(training.dataset.batch([piece]).ids)
+        inputs = handle.prepend(ids)
+        with torch.no_grad():
+            logits = model(**inputs).logits[0]
+        length = ids.shape[1] - len(training.dataset.prefix)
+        log = torch.log_softmax(logits[-length - 1 : -1], dim=-1)
+        total -= float(log.gather(1, ids[0, -length:, None]).sum())
+        count += length
+    handle.detach()
+    assert found == pytest.approx(total / count, rel=1e-4)
+
+
+def test_training_lowers_the_held_out_loss_and_says_so(tokenizer):
+    model = tiny_model(FAMILY)
+    trained = train(model, tokenizer, TEXTS, settings(steps=40, patience=0))
+    about = trained.metadata[OWN_KEY]["training"]
+    assert about["held_out_after"] < 0.97 * about["held_out_before"]
+    assert trained.n_tokens == 4
+    assert trained.metadata[OWN_KEY]["fingerprint"]
+
+
+def test_the_model_is_given_back_as_it_was(tokenizer):
+    model = tiny_model(FAMILY)
+    model.train()
+    before = copy.deepcopy(model.state_dict())
+    attributes = set(vars(model.get_input_embeddings()))
+    train(model, tokenizer, TEXTS, QUICK)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert model.training and set(vars(model.get_input_embeddings())) == attributes
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("stop", [1, 2, 5])
+def test_an_interrupted_training_resumes_to_the_same_rows(tokenizer, tmp_path, optimizer, stop):
+    wanted = train(tiny_model(FAMILY), tokenizer, TEXTS, settings(optimizer=optimizer))
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(progress):
+        if progress.step == stop:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(tiny_model(FAMILY), tokenizer, TEXTS, settings(optimizer=optimizer), tmp_path, on_progress=interrupt)
+    steps = []
+    resumed = train(
+        tiny_model(FAMILY), tokenizer, TEXTS, settings(optimizer=optimizer), tmp_path, on_progress=steps.append
+    )
+    assert steps[0].step == stop + 1
+    assert resumed.rows.tobytes() == wanted.rows.tobytes()
+    assert resumed.metadata == wanted.metadata
+
+
+def test_a_checkpoint_of_another_training_is_refused(tokenizer, tmp_path):
+    train(tiny_model(FAMILY), tokenizer, TEXTS, QUICK, tmp_path)
+    with pytest.raises(errors.CheckpointMismatch, match=r"learning_rate was 0\.1, is 0\.2"):
+        train(tiny_model(FAMILY), tokenizer, TEXTS, settings(learning_rate=0.2), tmp_path)
+    with pytest.raises(errors.CheckpointMismatch, match="data"):
+        train(tiny_model(FAMILY), tokenizer, TEXTS[1:], QUICK, tmp_path)
+    (tmp_path / "checkpoint.npz").write_bytes(b"PK")
+    with pytest.raises(errors.CheckpointMismatch, match="damaged"):
+        train(tiny_model(FAMILY), tokenizer, TEXTS, QUICK, tmp_path)
+
+
+def test_it_goes_on_from_another_soft_prompt(tokenizer):
+    model = tiny_model(FAMILY)
+    first = train(model, tokenizer, TEXTS, settings(steps=20, patience=0))
+    again = train(model, tokenizer, TEXTS, settings(steps=1), start_from=first)
+    before = again.metadata[OWN_KEY]["training"]["held_out_before"]
+    assert before == pytest.approx(first.metadata[OWN_KEY]["training"]["held_out_after"], rel=1e-5)
+    with pytest.raises(errors.WidthMismatch, match="64 columns"):
+        train(model, tokenizer, TEXTS, QUICK, start_from=SoftPrompt(np.ones((2, 64), np.float32)))
+
+
+def test_of_several_soft_prompts_a_mixture_is_trained_with_its_weights(tokenizer, tmp_path):
+    model = tiny_model(FAMILY)
+    parts = [softprompt(seed, 4, 32) for seed in (0, 1)]
+    mixed = train(model, tokenizer, TEXTS, settings(patience=0), tmp_path, parts)
+    about = mixed.metadata[OWN_KEY]["training"]
+    assert mixed.n_tokens == 4 and about["held_out_after"] < about["held_out_before"]
+    assert sum(about["mixture"]) == pytest.approx(1) and about["mixture"][0] != pytest.approx(0.5)
+    training = Training(model, tokenizer, TEXTS, settings(), tmp_path / "new", parts)
+    training.close()
+    assert np.allclose(training.rows.rows, (parts[0].rows + parts[1].rows) / 2, atol=1e-5)
+    (tmp_path / "half").mkdir()
+    steps = Training(model, tokenizer, TEXTS, settings(patience=0), tmp_path / "half", parts)
+    for _, _ in zip(range(3), steps.run()):
+        pass
+    steps.close()
+    again = train(model, tokenizer, TEXTS, settings(patience=0), tmp_path / "half", parts)
+    assert again.rows.tobytes() == mixed.rows.tobytes()
+
+
+def test_gradient_checkpointing_and_accumulation_change_no_rows(tokenizer):
+    plain = train(tiny_model(FAMILY), tokenizer, TEXTS, settings(batch_tokens=10**6, held_out=0.0, clip=0.0))
+    halves = settings(batch_tokens=400, accumulate=1, held_out=0.0, clip=0.0, checkpoint_layers=True)
+    whole = settings(batch_tokens=400, accumulate=1, held_out=0.0, clip=0.0)
+    one, other = (train(tiny_model(FAMILY), tokenizer, TEXTS, each) for each in (halves, whole))
+    assert np.allclose(one.rows, other.rows, atol=1e-6)
+    assert not np.allclose(plain.rows, other.rows, atol=1e-6)
+
+
+def test_gradient_checkpointing_keeps_less_for_the_backward_pass(tokenizer, tmp_path):
+    kept = {}
+    for checkpoint_layers in (False, True):
+        model = tiny_model(FAMILY)
+        training = Training(
+            model, tokenizer, TEXTS, settings(checkpoint_layers=checkpoint_layers), tmp_path / str(checkpoint_layers)
+        )
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, sizes=sizes: sizes.append(tensor.numel()) or tensor, lambda tensor: tensor
+        ):
+            training._loss(training.dataset.batch([0, 1, 2]))
+        training.close()
+        kept[checkpoint_layers] = sum(sizes)
+    assert kept[True] < 0.5 * kept[False]
+
+
+def test_a_model_in_float16_gets_the_gradient_of_float32(tokenizer, tmp_path):
+    gradients = []
+    for dtype in (torch.float32, torch.float16):
+        training = Training(tiny_model(FAMILY).to(dtype), tokenizer, TEXTS * 8, settings(batch_tokens=4000), tmp_path)
+        training._one_step([training._pieces])
+        gradients.append(training.rows.parameter.grad.flatten())
+        training.close()
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99
+
+
+def test_rows_that_leave_the_module_are_brought_to_the_matrix(tokenizer):
+    if "gemma2" not in FAMILIES:
+        pytest.skip("this release has no model that scales its embedding inside the module")
+    model = tiny_model("gemma2")
+    scale = matrix_of(model).scale
+    rows = np.ones((4, 32), np.float32)
+    found = initial_rows(model, tokenizer, QUICK, None, SoftPrompt(rows, scale="module"))
+    assert np.allclose(found, rows / scale)
+
+
+def test_an_interruption_inside_a_step_leaves_the_checkpoint_before_it(tokenizer, tmp_path):
+    wanted = train(tiny_model(FAMILY), tokenizer, TEXTS, QUICK)
+    training = Training(tiny_model(FAMILY), tokenizer, TEXTS, QUICK, tmp_path)
+    steps = training.run()
+    for _ in range(3):
+        next(steps)
+    step = training._optimizer.step
+
+    def interrupted():
+        step()
+        raise KeyboardInterrupt
+
+    training._optimizer.step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        next(steps)
+    training.close()
+    again = train(tiny_model(FAMILY), tokenizer, TEXTS, QUICK, tmp_path)
+    assert again.rows.tobytes() == wanted.rows.tobytes()
+
+
+def test_a_gradient_that_is_no_number_reaches_no_row(tokenizer, tmp_path):
+    training = Training(tiny_model(FAMILY), tokenizer, TEXTS, QUICK, tmp_path)
+    training.rows.parameter.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(errors.Diverged, match="smaller learning rate"):
+        list(training.run())
+    training.close()
+    assert np.isfinite(training.softprompt().rows).all() and np.isfinite(training.rows.rows).all()
+
+
+class TestDataset:
+    def test_documents_never_share_a_piece_and_nothing_is_lost(self, tokenizer, tmp_path):
+        texts = ["a " * 50, "b", "c " * 7]
+        dataset = Dataset.write(documents("<|endoftext|>".join(texts)), tokenizer, tmp_path, 16)
+        ids = [dataset.batch([piece]).ids[0].tolist() for piece in range(len(dataset))]
+        assert all(piece[0] == tokenizer.bos_token_id for piece in ids)
+        assert max(map(len, ids)) <= 16
+        whole = [[]]
+        for piece in ids:
+            whole[-1] += piece[1:]
+            if piece[-1] == tokenizer.eos_token_id:
+                whole.append([])
+        assert [tokenizer.decode(each, skip_special_tokens=True).strip() for each in whole[:-1]] == [
+            text.strip() for text in texts
+        ]
+
+    def test_only_what_is_learned_has_a_label(self, tokenizer, tmp_path):
+        from kobold_sp_plugin.training.texts import Passage
+
+        passage = Passage((("the rain", False), (" came in", True)), "")
+        dataset = Dataset.write([passage], tokenizer, tmp_path, 64)
+        batch = dataset.batch([0])
+        learned = batch.ids[batch.labels != -100]
+        assert tokenizer.decode(learned[:-1]).strip() == "came in"
+        assert learned[-1] == tokenizer.eos_token_id
+
+    def test_held_out_documents_are_whole_and_the_same_each_time(self, tokenizer, tmp_path):
+        dataset = Dataset.write(documents("<|endoftext|>".join(TEXTS)), tokenizer, tmp_path, 16)
+        first, second = dataset.split(0.25, 3), Dataset(tmp_path).split(0.25, 3)
+        assert first == second
+        kept, held = first
+        assert sorted(kept + held) == list(range(len(dataset)))
+        assert not {dataset._documents[piece] for piece in kept} & {dataset._documents[piece] for piece in held}
+
+    def test_of_some_books_the_ends_are_held_out_and_no_whole_book(self, tokenizer, tmp_path):
+        dataset = Dataset.write(documents("<|endoftext|>".join(["a " * 400, "b " * 800])), tokenizer, tmp_path, 16)
+        kept, held = dataset.split(0.1, 0)
+        assert 0.05 < len(held) / len(dataset) < 0.15
+        assert {dataset._documents[piece] for piece in held} == {0, 1} == {dataset._documents[piece] for piece in kept}
+
+    def test_no_more_is_held_out_than_is_looked_at(self, tokenizer, tmp_path):
+        dataset = Dataset.write(documents("<|endoftext|>".join(TEXTS * 10)), tokenizer, tmp_path, 16)
+        _, held = dataset.split(0.5, 0, most_tokens=400)
+        assert sum(map(dataset.length, held)) < 600
+
+    def test_files_are_tokenised_once_and_again_when_they_change(self, tokenizer, tmp_path):
+        (tmp_path / "a.txt").write_text("The door opened. " * 20, encoding="utf-8")
+        written = []
+        for text in (None, None, "The rain came in. " * 20):
+            if text:
+                (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+            train(tiny_model(FAMILY), tokenizer, tmp_path / "a.txt", settings(steps=1), tmp_path / "work")
+            (tmp_path / "work" / "checkpoint.npz").unlink()
+            written.append((tmp_path / "work" / "tokens.ids").stat().st_mtime_ns)
+        assert written[0] == written[1] != written[2]
+
+    def test_batches_hold_every_piece_once_and_keep_to_their_size(self, tokenizer, tmp_path):
+        dataset = Dataset.write(documents("<|endoftext|>".join(TEXTS)), tokenizer, tmp_path, 16)
+        batches = list(dataset.batches(range(len(dataset)), 100, 4, "0:0"))
+        assert sorted(piece for batch in batches for piece in batch) == list(range(len(dataset)))
+        assert all(len(batch) * (max(map(dataset.length, batch)) + 4) <= 100 for batch in batches)
+        assert batches != list(dataset.batches(range(len(dataset)), 100, 4, "0:1"))
+
+    def test_without_a_text_there_is_a_clear_error(self, tokenizer, tmp_path):
+        with pytest.raises(errors.NoData, match="every document in it is empty"):
+            Dataset.write(documents("  \n<|endoftext|>"), tokenizer, tmp_path, 16)
+
+
+@pytest.mark.parametrize("name, value", [("n_tokens", 0), ("learning_rate", -1.0), ("optimizer", "sgd"), ("block", 1)])
+def test_a_setting_that_cannot_be_is_named(name, value):
+    with pytest.raises(errors.BadSetting, match=name):
+        settings(**{name: value})
