@@ -157,6 +157,10 @@ class GenerationAdapter:
             with self._in_generation(None):
                 return original(*args, **kwargs)
         self._check()
+        stands_in = self._is_without_text(args, kwargs)
+        if stands_in:
+            rows = rows.in_place_of_text()
+            args, kwargs = (), self._with_a_stand_in(args, kwargs)
         kwargs = self._with_room_for(rows, args, kwargs)
         generation = Generation(rows, self._model_type in READ_ALL)
         with self._in_generation(generation):
@@ -165,7 +169,32 @@ class GenerationAdapter:
             raise UnsupportedCall(
                 "the soft prompt was not read: somebody has replaced prepare_inputs_for_generation since attach()"
             )
+        if not stands_in:
+            return result
+        if isinstance(result, torch.Tensor):
+            return result[:, 1:]
+        result.sequences = result.sequences[:, 1:]
         return result
+
+    def _is_without_text(self, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> bool:
+        ids = _ids_of(args, kwargs)
+        return isinstance(ids, torch.Tensor) and ids.shape[-1:] == (0,) and not self._has_encoder
+
+    def _with_a_stand_in(self, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Dict[str, Any]:
+        """The call with one token of text, which will read as a soft one: ``generate`` cannot begin with none.
+
+        It is the last of the vocabulary, for which KoboldAI's samplers take every soft token.
+        """
+        if len(args) > 1 or kwargs.get("streamer") is not None:
+            raise UnsupportedCall("generate() without any text takes its settings by name, and no streamer")
+        ids = _ids_of(args, kwargs)
+        changed = {name: value for name, value in kwargs.items() if name not in ("inputs", "attention_mask")}
+        changed["input_ids"] = ids.new_full((len(ids), 1), self._check().num_embeddings - 1, dtype=torch.long)
+        changed["attention_mask"] = torch.ones_like(changed["input_ids"])
+        most = self._setting("max_length", kwargs)
+        if most is not None and self._setting("max_new_tokens", kwargs) is None:
+            changed["max_length"] = most + 1
+        return changed
 
     def _refuse(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._chosen() is not None:
@@ -192,16 +221,16 @@ class GenerationAdapter:
                 if self._setting(helper, kwargs) is not None:
                     grown[helper] = None
         if kwargs.get("attention_mask") is not None:
-            grown["attention_mask"] = grow_mask(kwargs["attention_mask"], rows.n_tokens)
+            grown["attention_mask"] = grow_mask(kwargs["attention_mask"], rows.room)
         if kwargs.get("token_type_ids") is not None:
             types = kwargs["token_type_ids"]
             start = start_of_text(grown.get("attention_mask", types))
-            grown["token_type_ids"] = insert_columns(types, types.new_zeros(rows.n_tokens), start)
+            grown["token_type_ids"] = insert_columns(types, types.new_zeros(rows.room), start)
         return grown
 
     def _check_context(self, rows: Rows, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> None:
         context = context_of(self._model())
-        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        ids = _ids_of(args, kwargs)
         if context is None or not isinstance(ids, torch.Tensor):
             return
         text = ids.shape[-1]
@@ -211,10 +240,10 @@ class GenerationAdapter:
         new = 0 if self._has_encoder else max(1, new)  # a decoder's positions are its own
         # A host may ask for far more than the model could ever write, and stop by a rule of its own.
         fits_alone = text + new <= context
-        if rows.n_tokens + text >= context + self._has_encoder or (fits_alone and rows.n_tokens + text + new > context):
+        if rows.room + text >= context + self._has_encoder or (fits_alone and rows.room + text + new > context):
             raise ContextExceeded(
-                f"{rows.n_tokens} soft tokens, {text} tokens of text and {new} new ones do not fit "
-                f"the model's context of {context}; shorten the text by {rows.n_tokens + text + new - context}"
+                f"{rows.room} soft tokens, {text} tokens of text and {new} new ones do not fit "
+                f"the model's context of {context}; shorten the text by {rows.room + text + new - context}"
             )
 
     def _setting(self, name: str, kwargs: Dict[str, Any]) -> Any:
@@ -230,12 +259,12 @@ class GenerationAdapter:
     def _infer_mask(self, original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         mask = original(*args, **kwargs)
         generation = self._generation
-        return mask if generation is None else grow_mask(mask, generation.rows.n_tokens)
+        return mask if generation is None else grow_mask(mask, generation.rows.room)
 
     def _first_positions(self, original: Callable[..., Any], length: Any, *args: Any, **kwargs: Any) -> Any:
         generation = self._generation
         if generation is not None:
-            n_tokens = generation.rows.n_tokens
+            n_tokens = generation.rows.room
             # Releases before 4.50 hand over the ids themselves, of which only the shape counts.
             length = (
                 length.new_zeros((length.shape[0], length.shape[1] + n_tokens))
@@ -251,7 +280,7 @@ class GenerationAdapter:
         call = inspect.signature(original).bind(*args, **kwargs)
         for name in ("max_cache_length", "max_cache_len"):
             if name in call.arguments:
-                call.arguments[name] += generation.rows.n_tokens
+                call.arguments[name] += generation.rows.room
         return original(*call.args, **call.kwargs)
 
     def _read_in_chunks(
@@ -302,6 +331,11 @@ class GenerationAdapter:
         result = original(inputs_tensor, *args, **kwargs)
         generation.has_read_prompt = generation.decoding = True
         return result
+
+
+def _ids_of(args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
+    """The text that ``generate`` is given, under one of the names that it has."""
+    return kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
 
 
 def _is_empty(cache: Any) -> bool:

@@ -81,6 +81,8 @@ class Prefixes:
         use_cache = inputs.get("use_cache")
         if use_cache is None:
             use_cache = getattr(model.config, "use_cache", True)
+        if rows.room < rows.n_tokens:
+            raise _NotExact("there is no text behind the soft tokens")
         if not isinstance(ids, torch.Tensor) or not use_cache:
             raise _NotExact("the model is called without a cache")
         if torch.is_grad_enabled() or model.training:

@@ -25,9 +25,17 @@ class Rows:
         self.first = first
         self.n_before = sum(each.n_tokens for each in before)
         self.n_tokens = sum(each.n_tokens for each in softprompts)
+        self.room = self.n_tokens
+        """Positions that they take besides those of the text."""
         self._in_order = before + after
         self._embedding = weakref.ref(embedding)
         self._copies: Dict[Tuple[torch.device, torch.dtype], torch.Tensor] = {}
+
+    def in_place_of_text(self) -> "Rows":
+        """The same rows for no text: the decoding loop has one stand-in for it, which reads as the last of them."""
+        rows = copy.copy(self)
+        rows.room = self.n_tokens - 1
+        return rows
 
     def ids(self, device: Union[torch.device, str, None] = None) -> torch.Tensor:
         """``[n_tokens]``: the ids, in the order in which they are read."""
@@ -63,6 +71,8 @@ class Rows:
         beginning-of-sequence token, if it has one.
         """
         soft = self.ids(input_ids.device)
+        if self.room < self.n_tokens:
+            return torch.cat([soft.expand(len(input_ids), -1), input_ids[:, 1:]], dim=1)
         start = (
             input_ids.new_zeros(input_ids.shape[0], dtype=torch.long)
             if grown_mask is None
