@@ -492,14 +492,11 @@ def open_page(browser):
         page = browser.new_page(viewport={"width": 1400, "height": 900})
         pages.append(page)
         page.goto(host.url + route)
+        page.add_style_tag(content="#message-popup { display: none }")  # the host's own news, over the whole page
         if route == "/":
             page.wait_for_function("document.querySelectorAll('#sp option').length > 0", timeout=60_000)
         else:
             page.wait_for_selector("#btn_softprompt:not(.hidden)", state="attached", timeout=60_000)
-        page.wait_for_timeout(1500)  # a second after the first page connects, the host puts a message over it
-        message = page.locator("#message-popup").get_by_text("Ok", exact=True).first
-        if message.is_visible():
-            message.click()
         return page
 
     yield open_
