@@ -249,10 +249,17 @@ def test_the_story_streams_and_can_be_stopped_taken_back_and_written_again(page)
     page.press("#story", "Control+Enter")
     expect(page.locator("#stop")).to_be_visible()
     early = grown(page, len(opening))
-    grown(page, early)
-    assert page.locator("#stop").is_visible()  # so the text came in pieces
-    assert page.locator("#undo").is_disabled()
-    page.click("#stop")
+    # At one moment, in the page: the text grows, and the button is still there; so it came in pieces.
+    stopped = page.wait_for_function(
+        """length => {
+            const [story, stop, undo] = ["story", "stop", "undo"].map((id) => document.getElementById(id));
+            if (story.value.length <= length || stop.offsetParent === null) return null;
+            stop.click();
+            return { undo: undo.disabled };
+        }""",
+        arg=early,
+    )
+    assert stopped.json_value() == {"undo": True}
     expect(page.locator("#submit")).to_be_visible()
     first = page.input_value("#story")
     assert first.startswith(opening + " ")
