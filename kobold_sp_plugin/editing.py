@@ -27,6 +27,11 @@ def edit(path: Union[str, Path], changes: Mapping[str, Any]) -> SoftPrompt:
             f"{os.path.basename(path)} is in a format that cannot be given metadata ({kind.sentence}). Convert it "
             "first: kobold-sp convert IN OUT.zip"
         )
+    if header.others:
+        raise EditError(
+            f"{os.path.basename(path)} holds more than a soft prompt, which would be lost: {', '.join(header.others)}. "
+            "Convert it first: kobold-sp convert IN OUT.zip"
+        )
     if header.dtype not in kind.dtypes:
         raise EditError(
             f"{os.path.basename(path)} holds {header.dtype}, which is not written. Convert it first: kobold-sp "
@@ -43,8 +48,8 @@ def edit(path: Union[str, Path], changes: Mapping[str, Any]) -> SoftPrompt:
 def combine(softprompts: Sequence[SoftPrompt], n_tokens: Optional[int] = None, name: str = "") -> SoftPrompt:
     """One soft prompt of the rows of all, in order, cut to the first ``n_tokens``.
 
-    Its metadata say what it is made of. Its fingerprint is the first's, where all have one; where one has none,
-    neither has it. Raises :class:`EditError` for soft prompts that differ in width, scale or order, or that were
+    Its metadata say what it is made of. Its fingerprint is the first's, where all have one that can be compared with
+    it, else it has none. Raises :class:`EditError` for soft prompts that differ in width, scale or order, or that were
     made for different models; or where there are fewer rows than ``n_tokens``.
     """
     if not softprompts:
@@ -62,7 +67,7 @@ def combine(softprompts: Sequence[SoftPrompt], n_tokens: Optional[int] = None, n
         raise EditError(f"{n_tokens} rows of {len(rows)}: at least 1, and not more than there are")
     rows = rows[:n_tokens]
     own: Dict[str, Any] = {"made_of": _parts(softprompts, len(rows))}
-    if all(marks):
+    if marks[0] and all(mark == marks[0] or similarity(marks[0], mark) is not None for mark in marks):
         own["fingerprint"] = marks[0]
     metadata: Dict[str, Any] = {"name": name or " + ".join(part["name"] for part in own["made_of"])}
     for key in ("author", "supported"):

@@ -199,7 +199,7 @@ class NoEmbedding(ModelError):
 
 
 class UnsupportedModel(ModelError):
-    """A kind of model that soft tokens are not made for, such as one with an encoder."""
+    """A kind of model that soft tokens are not made for, or that an engine cannot use."""
 
 
 class UnsupportedCall(ModelError):

@@ -11,7 +11,7 @@ import numpy as np
 
 from . import formats
 from .compatibility import Judgement, facts, judge
-from .compatibility.matrix import Evidence, Matrix, evidence, nearest, rows_as_in_matrix
+from .compatibility.matrix import Evidence, Matrix, evidence, lengths_of, nearest, rows_as_in_matrix
 from .compatibility.model_facts import matrix_in_folder
 from .engines import Engine
 from .errors import NoEmbedding
@@ -90,7 +90,7 @@ def inspect(
     """
     header, softprompt, known = formats.read_header(path), formats.load(path), engine.facts()
     judgement = judge(softprompt, known)
-    lengths = [float(length) for length in np.linalg.norm(softprompt.rows, axis=1)]
+    lengths = [float(length) for length in lengths_of(softprompt.rows)]
     usable = judgement.verdict.usable
     rows = None
     if matrix is not None and usable and softprompt.width == matrix.width:

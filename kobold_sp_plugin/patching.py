@@ -45,6 +45,14 @@ class Patch:
         else:
             _put(owner, self.name, self._before)
 
+    def take_from(self, namespace: Dict[str, Any]) -> None:
+        """Change ``namespace``, a copy of the owner's, in place, to what it would be without this patch."""
+        if namespace.get(self.name, _ABSENT) is self._installed:
+            if self._before is _ABSENT:
+                del namespace[self.name]
+            else:
+                namespace[self.name] = self._before
+
     def _wrapper(self, owner: Any) -> Any:
         if isinstance(owner, type):
             return self._class_wrapper(owner)

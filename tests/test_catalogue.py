@@ -65,7 +65,8 @@ def test_entries_of_every_kind_sorted(tmp_path):
     zebra, broken = entries[4], entries[2]
     assert (zebra.author, zebra.description, zebra.supported) == ("A", "d", ("m",))
     assert (zebra.width, zebra.dtype, zebra.header.n_tokens) == (4, "float32", 3)
-    assert broken.reason == "a file of another kind; expected a soft prompt in a format that `kobold-sp convert --help` lists"
+    expected = "a soft prompt in a format that `kobold-sp convert --help` lists"
+    assert broken.reason == f"a file of another kind; expected {expected}"
     assert (broken.width, broken.dtype, broken.header) == (None, None, None)
 
 

@@ -1,6 +1,7 @@
 """``kobold-sp convert``: what is kept, what is said, what is refused, and how it ends."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -175,3 +176,45 @@ def test_the_help_shows_an_example_and_every_format():
     assert "kobold-sp convert noir.json noir.zip" in output
     for kind in FORMATS:
         assert kind.write is None or kind.name in output
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path, noir):
+    for name, file in (("model", "config.json"), ("adapter", "adapter_config.json"), ("other", "letter.txt")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("{}")
+        for to in ("folder", "exelents"):
+            result = run(noir, tmp_path / name, "--to", to, "--model", tmp_path, "--force")
+            assert result.exit_code == 2 and "something else in it" in result.output
+        assert [path.name for path in (tmp_path / name).iterdir()] == [file]
+    (tmp_path / "empty").mkdir()
+    assert run(noir, tmp_path / "empty", "--to", "folder", "--force").exit_code == 0
+    assert run(noir, tmp_path / "empty", "--to", "folder", "--force").exit_code == 0
+
+
+def test_a_folder_that_is_not_there_and_a_pipe_are_said(tmp_path, noir):
+    result = run(noir, tmp_path / "absent" / "noir.npy")
+    assert result.exit_code == 2 and "There is no folder" in result.output and ".tmp" not in result.output
+    os.mkfifo(tmp_path / "pipe.npy")
+    result = run(noir, tmp_path / "pipe.npy", "--force")
+    assert result.exit_code == 1 and "no ordinary file" in result.output
+    assert (tmp_path / "pipe.npy").is_fifo()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "gpt2", "n_embd": "x"},
+        {"model_type": "opt", "hidden_act": "x", "activation_function": "x"},
+        {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}},
+    ],
+)
+def test_a_configuration_that_nothing_can_be_built_of_is_wrong_use(tmp_path, noir, config):
+    """In one line, and without asking whether the model's own code may be run."""
+    pytest.importorskip("transformers", "4.38")  # earlier ones are not asked to build anything
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model" / "own.py").write_text("raise SystemExit(77)")
+    arguments = ["convert", noir, tmp_path / "out", "--to", "peft", "--model", tmp_path / "model"]
+    result = CliRunner().invoke(main, list(map(str, arguments)), input="y\n")
+    assert result.exit_code == 2 and "[y/N]" not in result.output
+    assert "configuration" in result.output and "\ufffd" not in result.output

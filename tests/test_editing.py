@@ -1,10 +1,12 @@
 """Other metadata in place, and several soft prompts as one."""
 
+import json
 import zipfile
 
 import numpy as np
 import pytest
-from embeddings import Model, moved
+import torch
+from embeddings import Model, moved, write_safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from zips import rows_of
@@ -13,6 +15,7 @@ from kobold_sp_plugin import SoftPrompt, formats
 from kobold_sp_plugin.compatibility import fingerprint
 from kobold_sp_plugin.editing import combine, edit
 from kobold_sp_plugin.errors import EditError, NotASoftPromptFile
+from kobold_sp_plugin.formats.conversion import convert
 
 METADATA = {
     "name": "Noir",
@@ -65,6 +68,32 @@ class TestEdit:
         with pytest.raises(EditError, match="kobold-sp convert"):
             edit(path, {"name": "Night"})
         assert path.read_bytes() == before
+
+    def test_what_else_is_in_the_file_is_not_thrown_away(self, tmp_path):
+        SoftPrompt(rows_of(5, 8), METADATA).save(tmp_path / "noir.zip")
+        with zipfile.ZipFile(tmp_path / "noir.zip", "a") as archive:
+            archive.writestr("licence.txt", "Ask me.")
+        formats.save(SoftPrompt(rows_of(5, 8), METADATA), tmp_path / "noir.json", format="mkultra")
+        text = json.loads((tmp_path / "noir.json").read_text())
+        (tmp_path / "noir.json").write_text(json.dumps({**text, "licence.txt": "Ask me."}))
+        tensors = {"prompt_embeddings": torch.ones(5, 8), "licence.txt": torch.ones(3)}
+        write_safetensors(tmp_path / "noir.safetensors", tensors)
+        for path in tmp_path.iterdir():
+            before = path.read_bytes()
+            with pytest.raises(EditError, match=r"would be lost: licence\.txt\. Convert it first"):
+                edit(path, {"name": "Night"})
+            assert path.read_bytes() == before
+            if path.suffix != ".zip":
+                assert "licence.txt" in convert(path, tmp_path / "new", "zip").lost
+
+    def test_a_zip_that_has_a_folder_for_them_is_no_hindrance(self, tmp_path):
+        SoftPrompt(rows_of(5, 8), METADATA).save(tmp_path / "a.zip")
+        with zipfile.ZipFile(tmp_path / "a.zip") as old, zipfile.ZipFile(tmp_path / "b.zip", "w") as new:
+            new.writestr("noir/", "")
+            new.writestr("__MACOSX/noir/._tensor.npy", "x")
+            for name in old.namelist():
+                new.writestr("noir/" + name, old.read(name))
+        assert edit(tmp_path / "b.zip", {"name": "Night"}).name == "Night"
 
     def test_float64_is_refused_rather_than_rounded(self, tmp_path):
         folder = tmp_path / "noir"

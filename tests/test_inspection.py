@@ -167,10 +167,23 @@ class TestCheck:
         result = run("check", old, "--model", tmp_path / "model")
         assert result.exit_code == 0 and "not in safetensors" in result.output
 
+    def test_rows_whose_squares_pass_float32_are_compared_all_the_same(self, tmp_path, model_folder):
+        rows = np.random.RandomState(0).normal(size=(3, 32)).astype(np.float32) * np.float32(1e37)
+        SoftPrompt(rows).save(tmp_path / "huge.zip")
+        answer = json.loads(run("check", tmp_path / "huge.zip", "--model", model_folder, "--json").output)
+        assert "times longer" in answer["hint"] and "inf" not in answer["hint"]
+        told = run("inspect", tmp_path / "huge.zip", "--model", model_folder, "--json").output
+        assert "Infinity" not in told and "NaN" not in told
+
     def test_no_is_1(self, tmp_path, model_folder):
         SoftPrompt(np.ones((2, 64), np.float32)).save(tmp_path / "wide.zip")
         result = run("check", tmp_path / "wide.zip", "--model", model_folder)
         assert result.exit_code == 1 and "incompatible: made for 64 columns, this model has 32" in result.output
+
+    def test_inspect_tells_that_a_file_cannot_be_read_before_it_loads_the_model(self, tmp_path):
+        (tmp_path / "broken.zip").write_bytes(b"PK")
+        result = run("inspect", tmp_path / "broken.zip", "--model", tmp_path / "absent")
+        assert result.exit_code == 1 and "unreadable" in result.output
 
     @pytest.mark.parametrize("command", ["check", "inspect"])
     def test_unreadable_is_1(self, tmp_path, model_folder, command):
@@ -181,10 +194,12 @@ class TestCheck:
         assert result.exit_code == 1 and json.loads(result.output)["verdict"] == "unreadable"
 
     def test_wrong_use_is_2(self, noir, tmp_path):
+        (tmp_path / "folder" / "config.json").mkdir(parents=True)
         for arguments in (
             ["check", tmp_path / "absent.zip"],
             ["check", noir, "--model", tmp_path / "absent"],
             ["check", noir, "--model", noir],
+            ["check", noir, "--model", tmp_path / "folder"],
             ["inspect", tmp_path / "absent.zip"],
         ):
             assert run(*arguments).exit_code == 2, arguments
@@ -232,3 +247,6 @@ class TestEditAndCombine:
         result = run("combine", noir, "-o", tmp_path / "x.zip", "--rows", 9)
         assert result.exit_code == 1 and "9 rows of 3" in result.output and not (tmp_path / "x.zip").exists()
         assert run("combine", tmp_path / "absent.zip", "-o", out).exit_code == 2
+        for place in (tmp_path, tmp_path / "absent" / "x.zip", tmp_path / "x.json"):
+            assert run("combine", noir, "-o", place, "--force").exit_code == 2, place
+        assert not (tmp_path / "x.json").exists()

@@ -8,7 +8,7 @@ from typing import Optional
 
 import click
 
-from .common import WrongUse, line
+from .common import WrongUse, existing, line
 
 _WRITTEN = ("zip", "folder", "npy", "safetensors", "pt", "mkultra", "peft", "vllm", "upload", "exelents")
 _READ_ONLY = ("mtjsp", "mkusp", "google", "novelai")
@@ -38,7 +38,7 @@ def convert(
       kobold-sp convert noir.zip noir-adapter --to peft --model ./my-model
     """
     from ..errors import CompatibilityError, FormatError, ModelError, UnknownScale
-    from ..formats import FORMATS, read_header
+    from ..formats import FORMATS, format_of, parts_of, read_header
     from ..formats.conversion import Conversion
     from ..formats.conversion import convert as converted
 
@@ -58,6 +58,9 @@ def convert(
         raise WrongUse(f"{line(str(out))} is a folder; {to} is a file.")
     if out.is_file() and to in folders:
         raise WrongUse(f"{line(str(out))} is a file; {to} is a folder.")
+    if out.is_dir() and any(out.iterdir()) and (not parts_of(str(out)) or format_of(out).name != to):
+        raise WrongUse(f"{line(str(out))} is a folder with something else in it than a soft prompt to replace ({to}).")
+    existing(out.absolute().parent)
     try:
         factor = None
         if model is not None:

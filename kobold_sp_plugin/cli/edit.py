@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import click
 
-from .common import WrongUse, line
+from .common import WrongUse, existing, line
 
 _FILE = click.Path(path_type=Path)
 
@@ -84,6 +84,11 @@ def combine(files: Tuple[Path, ...], out: Path, n_tokens: Optional[int], name: s
             raise WrongUse(f"There is no file {line(str(file))}.")
     if os.path.lexists(out) and not force:
         raise WrongUse(f"{line(str(out))} is there already. --force replaces it.")
+    if out.is_dir():
+        raise WrongUse(f"{line(str(out))} is a folder; name a file.")
+    if out.suffix.lower() != ".zip" and out.suffix.lower() in formats.EXTENSIONS:
+        raise WrongUse(f"What is written is a zip, not a {out.suffix}. Name it so, and use `kobold-sp convert` then.")
+    existing(out.absolute().parent)
     try:
         dtypes: List[str] = [formats.read_header(file).dtype for file in files]
         made = combined([formats.load(file) for file in files], n_tokens, name)

@@ -31,12 +31,17 @@ def inspect(file: Path, model: Optional[str], as_json: bool, picture: Optional[P
     """
     from ..compatibility.matrix import matrix_of
     from ..errors import FormatError, NoEmbedding
+    from ..formats import read_header
     from ..inspection import draw
     from ..inspection import inspect as inspected
 
     if picture is not None:
         _need_matplotlib()
     _existing_file(file)
+    try:
+        read_header(file)  # what cannot be read is told before a large model is loaded
+    except (FormatError, OSError) as error:
+        _unreadable(file, error, as_json)
     engine, loaded = load_engine(model, quiet=True)
     try:
         matrix = matrix_of(loaded)

@@ -54,10 +54,13 @@ def base_of(model_type: Any) -> Optional[str]:
     return next((name for name, types, _ in _BASES if model_type in types), None)
 
 
-def size_of(field: Callable[..., Optional[int]], model_type: Any, experts: bool) -> Optional[float]:
+def size_of(
+    field: Callable[..., Optional[int]], model_type: Any, experts: bool, untied: bool = False, one_key: bool = False
+) -> Optional[float]:
     """About how many parameters a configuration makes, or None; ``field``: its first positive number of these names.
 
-    Made from widths and layers, as the names of models round it; not for mixtures of experts.
+    Made from widths and layers, as the names of models round it; not for mixtures of experts. ``untied``: the output
+    head has a matrix of its own. ``one_key``: all heads share one key and one value (Falcon's ``multi_query``).
     """
     width = field("hidden_size", "d_model", "n_embd")
     layers = field("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -65,10 +68,11 @@ def size_of(field: Callable[..., Optional[int]], model_type: Any, experts: bool)
         return None
     inner = field("intermediate_size", "ffn_dim", "n_inner") or 4 * width
     heads = field("num_attention_heads", "n_head", "num_heads") or 1
-    shared = (field("num_key_value_heads") or heads) / heads
+    shared = (1 if one_key else field("num_key_value_heads", "num_kv_heads", "n_head_kv") or heads) / heads
+    attention = heads * (field("head_dim") or width / heads)
     matrices = 3 if str(model_type).startswith(_GATED) else 2
-    vocabulary = field("vocab_size") or 0
-    return layers * (width * width * (2 + 2 * shared) + matrices * width * inner) + vocabulary * width
+    vocabulary = (field("vocab_size") or 0) * (2 if untied else 1)
+    return layers * (width * attention * (2 + 2 * shared) + matrices * width * inner) + vocabulary * width
 
 
 def written(base: Optional[str], size: Optional[float]) -> str:
@@ -78,8 +82,11 @@ def written(base: Optional[str], size: Optional[float]) -> str:
 
 
 def same_size(first: Optional[float], second: Optional[float]) -> bool:
-    """Whether two sizes can be of one model, as names round them; True where one is not known."""
-    return first is None or second is None or max(first, second) <= 1.13 * min(first, second)
+    """Whether two sizes can be of one model, as names round them; True where one is not known.
+
+    Names round far: Gemma 2B has 2.5 billion parameters, Llama 3.2 1B has 1.24.
+    """
+    return first is None or second is None or max(first, second) <= 1.27 * min(first, second)
 
 
 @lru_cache(maxsize=256)  # the files of a folder mostly name the same few

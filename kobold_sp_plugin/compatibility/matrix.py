@@ -35,7 +35,7 @@ class Matrix(NamedTuple):
 
     def lengths(self) -> np.ndarray:
         """Euclidean lengths of the commonest tokens' rows, those of the 4,096 lowest ids."""
-        return np.concatenate([np.linalg.norm(part, axis=1) for _, part in self.chunks(_COMMON)])
+        return np.concatenate([lengths_of(part) for _, part in self.chunks(_COMMON)])
 
 
 class Evidence(NamedTuple):
@@ -115,10 +115,11 @@ def evidence(softprompt: SoftPrompt, matrix: Matrix) -> Optional[Evidence]:
     if rows is None:
         return None
     usual = float(np.median(matrix.lengths()))
-    length = float(np.median(np.linalg.norm(rows, axis=1))) / (usual or 1.0)
+    lengths = lengths_of(rows)
+    length = float(np.median(lengths)) / (usual or 1.0)
     mean = matrix.rows(sampled_ids(matrix.vocabulary)).mean(axis=0)
     noise = np.random.RandomState(0).normal(size=rows.shape).astype(np.float32)
-    noise = _unit(noise) * np.linalg.norm(rows, axis=1, keepdims=True)
+    noise = _unit(noise) * lengths[:, None]
     both = _unit(np.concatenate([rows, noise]) - mean)
     best = np.full(len(both), -1.0)
     for _, part in matrix.chunks(_COMMON):
@@ -132,6 +133,11 @@ def rows_as_in_matrix(softprompt: SoftPrompt, matrix: Matrix) -> Optional[np.nda
     if softprompt.scale is Scale.MATRIX or matrix.scale == 1:
         return softprompt.rows
     return softprompt.rows / np.float32(matrix.scale) if matrix.scale else None
+
+
+def lengths_of(rows: np.ndarray) -> np.ndarray:
+    """Euclidean lengths of ``rows`` (float32 ``[n, width]``), float64: the squares of large values pass float32."""
+    return np.asarray(np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64)))
 
 
 def embedding_of(model: Any) -> Any:
@@ -162,5 +168,5 @@ def _rows_of_module(embedding: Any, ids: np.ndarray, width: int, scale: float) -
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
-    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    lengths = lengths_of(rows)[:, None]
     return np.asarray(rows / np.where(lengths > 0, lengths, 1), dtype=np.float32)

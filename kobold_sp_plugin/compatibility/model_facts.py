@@ -14,6 +14,8 @@ from .matrix import Matrix, embedding_of, matrix_in, matrix_of, positive
 
 _LOG = logging.getLogger(__name__)
 
+_MAX_CONFIG = 2**22
+"""Bytes of a ``config.json``; that of a classifier of many thousand labels has some hundred thousand."""
 _WIDTH_FIELDS = (
     "word_embed_proj_dim",
     "embedding_size",
@@ -58,7 +60,7 @@ def facts(model: Any, name: Optional[str] = None) -> ModelFacts:
 
     Of a folder ``config.json`` is read, and some rows of the embedding where its weights are safetensors files;
     of a ``config.json`` that alone, so that there is no fingerprint. Facts are returned as they are. Raises
-    :class:`ModelError` for a ``config.json`` that is none, or :class:`OSError`.
+    :class:`ModelError` for a ``config.json`` that is none, or :class:`FileNotFoundError`.
     """
     if isinstance(model, ModelFacts):
         return model
@@ -104,7 +106,7 @@ def context_of(model_or_config: Any) -> Optional[int]:
 
 
 def _of_folder(path: Path, name: Optional[str]) -> ModelFacts:
-    alone = path.is_file()
+    alone = path.exists() and not path.is_dir()
     config = _read_config(path if alone else path / "config.json")
     mark = None
     if not alone:
@@ -124,7 +126,9 @@ def _facts(name: str, width: Optional[int], config: Any, mark: Optional[Dict[str
         return _first_field(config, names)
 
     experts = number("num_local_experts", "num_experts", "n_routed_experts") is not None
-    size = size_of(number, kind, experts)
+    untied = _field(config, "tie_word_embeddings") is False
+    one_key = _field(config, "multi_query") is True and _field(config, "new_decoder_architecture") is not True
+    size = size_of(number, kind, experts, untied, one_key)
     return ModelFacts(name, width, context_of(config), mark, base=base_of(kind), size=size)
 
 
@@ -155,12 +159,28 @@ def _text_part(config: Any) -> Any:
 
 
 def _field(config: Any, name: str) -> Any:
-    return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+    if isinstance(config, Mapping):
+        return config.get(name)
+    try:
+        return getattr(config, name, None)
+    except (NotImplementedError, ValueError):  # how XLNet says that it has none, and others that it varies by layer
+        return None
 
 
 def _read_config(path: Path) -> Mapping[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():
+            raise ModelError(f"{path} is no ordinary file; expected a model's configuration")
+        with open(path, "rb") as file:
+            data = file.read(_MAX_CONFIG + 1)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
+    if len(data) > _MAX_CONFIG:
+        raise ModelError(f"{path} has more than {_MAX_CONFIG} bytes; expected a model's configuration")
+    try:
+        config = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} does not parse ({error}); expected a model's configuration") from error
     if not isinstance(config, dict):

@@ -21,9 +21,9 @@ def embed_scale(path: Union[str, Path], width: int) -> float:
     Raises :class:`ModelError`, or :class:`WidthMismatch` for a model of another width.
     """
     try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} has no configuration of a model: {error}") from error
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)  # None would ask at the terminal
+    except Exception as error:  # a value that does not belong there makes the library raise almost anything
+        raise ModelError(f"{path} has no configuration of a model: {_brief(error)}") from error
     factor, found = _read(path, config)
     if found != width:
         raise WidthMismatch(f"the soft prompt has {width} columns, this model has {found}")
@@ -39,9 +39,14 @@ def _read(path: Union[str, Path], config: object) -> Tuple[float, object]:
     try:
         with torch.device("meta"):
             embedding = AutoModelForCausalLM.from_config(config).get_input_embeddings()
-    except (ValueError, RuntimeError, NotImplementedError) as error:
-        raise ModelError(f"{path} cannot be built from its configuration: {error}") from error
+    except Exception as error:
+        raise ModelError(f"{path} cannot be built from its configuration: {_brief(error)}") from error
     scale = getattr(embedding, "embed_scale", 1.0)
     if isinstance(scale, torch.Tensor):  # rounded as the module rounds it
         scale = torch.tensor(embedding.scalar_embed_scale).to(embedding.weight.dtype)
     return float(scale), width_of(embedding) or getattr(embedding, "embedding_dim", None)
+
+
+def _brief(error: Exception) -> str:
+    """Its text, on one line."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]

@@ -10,14 +10,14 @@ import weakref
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 from queue import SimpleQueue
-from typing import Any, ContextManager, Dict, Generator, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, ContextManager, Dict, Generator, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 from transformers import __version__ as transformers_version
 
 from ..compatibility import ModelFacts, context_of, facts
-from ..errors import ContextExceeded, ModelError, NoModel
+from ..errors import ContextExceeded, ModelError, NoModel, UnsupportedModel
 from ..soft_tokens import SoftTokens, attach, attached
 from ..softprompt import SoftPrompt
 from . import Effect, GenerationSettings
@@ -129,26 +129,42 @@ class Turns:
             self.release()
 
 
+def _gone() -> None:
+    """The model of an engine that was closed."""
+
+
 class TransformersEngine:
     """Generates with a model that is already loaded; the model gets soft tokens, and is held weakly.
 
     ``lock`` is held while the model generates. A host that generates by itself takes it too, so that a
-    measurement waits.
+    measurement waits. Raises :class:`UnsupportedModel` for a model with an encoder: what it writes does not
+    continue the text.
     """
 
     def __init__(self, model: Any, tokenizer: Any, name: str):
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise UnsupportedModel(f"{type(model).__name__} has an encoder; it answers a text, but continues none")
         self.name = name
         self.lock = Turns()
-        self._model = weakref.ref(model)
+        self._model: Callable[[], Any] = weakref.ref(model)
         self._tokenizer = tokenizer
         self._context = context_of(model)
         self._facts: Optional[ModelFacts] = None
+        self._measuring = threading.Lock()
         attach(model)
 
     @property
     def alive(self) -> bool:
         """Whether the model still exists."""
         return self._model() is not None
+
+    def close(self) -> None:
+        """Let the model go for good, so that who detaches it finds it as it stays: no measurement attaches it again.
+
+        Waits for the forward pass of a measurement, never for a generation.
+        """
+        with self._measuring:
+            self._model = _gone
 
     @property
     def context(self) -> Optional[int]:
@@ -201,7 +217,7 @@ class TransformersEngine:
         n_tokens = sum(softprompt.n_tokens for softprompt in softprompts)
         found: List[torch.Tensor] = []
         while len(found) < len(probes):
-            with self.lock.in_between(), torch.no_grad():
+            with self.lock.in_between(), self._measuring, torch.no_grad():
                 model = self._existing()  # not before: who waits for the lock must not keep a model alive
                 handle = self._handle_of(model)
                 vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None) or 2**18

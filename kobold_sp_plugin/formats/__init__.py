@@ -126,6 +126,8 @@ class Header(WithMetadata):
     """CRC-32 of the tensor, where the file tells it without the rows being read."""
     format: str = "zip"
     """The name of its format in :data:`FORMATS`."""
+    others: Tuple[str, ...] = ()
+    """What else the file holds, by name; of a folder's other files nothing is said, since they stay."""
 
 
 def load(path: Union[str, Path], part: Optional[str] = None) -> SoftPrompt:
@@ -157,6 +159,7 @@ def read_header(path: Union[str, Path], part: Optional[str] = None) -> Header:
             order=order,
             checksum=source.checksum,
             format=kind.name,
+            others=source.others,
         )
 
 

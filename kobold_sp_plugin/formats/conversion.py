@@ -32,7 +32,7 @@ class Conversion(NamedTuple):
     difference: float
     """The largest between a value that was to be stored and the one that is; 0: they are the same."""
     lost: List[str]
-    """The metadata that the new file has no place for."""
+    """The metadata that the new file has no place for, and what else the old one held."""
     notes: List[str]
     """What else a user has to know."""
 
@@ -76,7 +76,7 @@ def convert(
         scale=back.scale,
         factor=1.0 if factor is None else factor,
         difference=float(np.abs(back.rows - converted.rows).max()),
-        lost=_lost(converted, back),
+        lost=sorted([*_lost(converted, back), *header.others]),
         notes=notes,
     )
 
@@ -114,4 +114,4 @@ def _lost(before: SoftPrompt, after: SoftPrompt) -> List[str]:
             lost.extend([key] if gone and not inside else (f"{key}.{name}" for name in gone))
         elif value not in ("", None, [], {}) and value != kept and [value] != kept:
             lost.append(key)
-    return sorted(lost)
+    return lost

@@ -44,7 +44,9 @@ def opened(candidate: Candidate) -> Iterator[Source]:
         (tensor,) = found.values()
         count = tensor.shape[0] if isinstance(tensor.shape, tuple) and len(tensor.shape) == 3 else 1
         if candidate.part is None and count != 1:
-            raise SeveralSoftPrompts(f"{str(count)[:20]} soft prompts", "one; name it by its number from 0 as the part")
+            raise SeveralSoftPrompts(
+                f"{str(count)[:20]} soft prompts", "one; `kobold-sp convert` with `--part 0` takes the first out"
+            )
         number = candidate.part or "0"
         if not number.isdecimal() or len(number) > 6:
             raise NoTensor(f"no soft prompt {number[:20]!r}", "a number from 0")

@@ -36,7 +36,10 @@ def opened(candidate: Candidate) -> Iterator[Source]:
         raise NoTensor(f"a checkpoint without a prompt (it holds {', '.join(names[:5])[:200] or 'nothing'})", "one")
     if len(chosen) > 1:
         listed = ", ".join(chosen[:5])[:200]
-        raise SeveralSoftPrompts(f"a checkpoint of {len(chosen)} prompts ({listed})", "one, or one named as the part")
+        raise SeveralSoftPrompts(
+            f"a checkpoint of {len(chosen)} prompts ({listed})",
+            "one; `kobold-sp convert` with `--part NAME` takes one out",
+        )
     with open(inside(candidate.path, folder, chosen[0]), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         yield npy.source(file.read, size, chosen[0][:100], {"parameter": chosen[0], "step": step})

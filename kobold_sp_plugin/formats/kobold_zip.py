@@ -36,7 +36,10 @@ def opened(candidate: Candidate) -> Iterator[Source]:
         member.finish()
     info = members[folder + npy.TENSOR]
     tensor = Member(candidate.file, info, npy.TENSOR)
-    yield npy.source(tensor.read, info.file_size, npy.TENSOR, metadata.parse(meta), tensor.finish, info.CRC)
+    found = npy.source(tensor.read, info.file_size, npy.TENSOR, metadata.parse(meta), tensor.finish, info.CRC)
+    ours = (folder, folder + npy.TENSOR, folder + metadata.LABEL)
+    others = tuple(name[:100] for name in members if name not in ours and not name.startswith("__MACOSX/"))
+    yield found._replace(others=others)
 
 
 def write(softprompt: SoftPrompt, path: str, dtype: str) -> None:

@@ -43,7 +43,8 @@ def opened(candidate: Candidate) -> Iterator[Source]:
     if isinstance(tensor.storage, Storage):
         raise CorruptMember("a tensor without its values", "the values inside the pickle")
     inner = torch_file.read_legacy(BoundedBytes(tensor.storage))
-    yield torch_file.source(inner, tensor._replace(storage=inner.value), "tensor", found)
+    others = tuple(name[:100] for name in candidate.json.value if name != "metadata")
+    yield torch_file.source(inner, tensor._replace(storage=inner.value), "tensor", found)._replace(others=others)
 
 
 def write(softprompt: SoftPrompt, path: str, dtype: str) -> None:

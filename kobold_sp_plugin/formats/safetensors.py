@@ -72,7 +72,8 @@ def source(file: BoundedFile, label: str, part: Optional[str] = None) -> Source:
         npy.fill(result.reshape(-1), result.size, file.read, known, np.dtype(stored), name[:100])
         return result
 
-    return Source((n_tokens, width), known, rows, _metadata_of(meta))
+    others = tuple(each[:100] for each in names if each != name)
+    return Source((n_tokens, width), known, rows, _metadata_of(meta), others=others)
 
 
 def write(softprompt: SoftPrompt, path: str, dtype: str) -> None:

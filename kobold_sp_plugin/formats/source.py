@@ -29,6 +29,8 @@ class Source(NamedTuple):
     """As :class:`~kobold_sp_plugin.SoftPrompt` has it; {} where there is none."""
     checksum: Optional[int] = None
     """CRC-32 of the stored rows, where the container tells it without reading them."""
+    others: Tuple[str, ...] = ()
+    """What else is in the file, by name, of a format that can be written: whoever writes it anew loses that."""
 
 
 class Candidate:

@@ -179,7 +179,9 @@ def choose(names: Sequence[str], shapes: Sequence[Any], part: Optional[str], lab
         return flat[0]
     if not flat:
         raise NoTensor(f"{label} without a tensor of rows", "a tensor [n_tokens, width]")
-    raise SeveralSoftPrompts(f"{label} with {len(flat)} tensors ({listed})", "one, or one of them named as the part")
+    raise SeveralSoftPrompts(
+        f"{label} with {len(flat)} tensors ({listed})", "one; `kobold-sp convert` with `--part NAME` takes one out"
+    )
 
 
 def source(
@@ -208,8 +210,9 @@ def source(
     if offset + span > storage.length:
         found = f"{label} that reaches to value {offset + span} of {storage.length}"
         raise TruncatedTensor(found, "values inside its memory")
-    if span > npy.MAX_ELEMENTS:
-        raise TooLarge(f"{label} spread over {span} values", f"at most {npy.MAX_ELEMENTS}")
+    whole = (down == width or n_tokens == 1) and across == 1
+    if not whole and span + n_tokens * width > npy.MAX_ELEMENTS:  # both are in memory at once
+        raise TooLarge(f"{label} spread over {span} values", f"at most {npy.MAX_ELEMENTS} together with the rows")
     item = _ITEM_SIZES[dtype]
     opened = file.opened(storage)
     if opened.size != storage.length * item:
@@ -221,8 +224,7 @@ def source(
     def rows() -> np.ndarray:
         rest = opened.size - (offset + span) * item
         _skip(opened.read, offset * item)
-        whole = down == width and across == 1
-        values = np.empty((n_tokens, width) if whole or n_tokens == 1 == across else span, dtype=np.float32)
+        values = np.empty((n_tokens, width) if whole else span, dtype=np.float32)
         npy.fill(values.reshape(-1), span, opened.read, dtype, stored, label)
         _skip(opened.read, rest)
         opened.finish()

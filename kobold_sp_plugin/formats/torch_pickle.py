@@ -16,6 +16,8 @@ from ..errors import CorruptMember, TooLarge, UnsafePickle
 
 MAX_INSTRUCTIONS = 100_000
 """A checkpoint of a large model needs some ten thousand; each may take some hundred bytes of memory."""
+MAX_PAIRS = 100_000
+"""Items of dictionaries that calls make, all together: a call is one instruction, however long its list is."""
 MAX_TEXT = 2**16
 MAX_INTEGER = 64
 """Bytes of a whole number; torch's magic number has ten."""
@@ -111,6 +113,7 @@ class _Machine:
         self.stack: List[Any] = []
         self.memo: Dict[int, Any] = {}
         self.storages: Dict[str, Storage] = {}
+        self.pairs = 0
 
     def run(self) -> Any:
         for _ in range(MAX_INSTRUCTIONS):
@@ -243,6 +246,9 @@ class _Machine:
                 raise UnsafePickle(f"a pickle that calls {function.module}.{function.name}", "calls that make tensors")
             self.push(_INERT)
         else:
+            self.pairs += sum(len(each) for each in arguments[:1] if isinstance(each, list))
+            if self.pairs > MAX_PAIRS:
+                raise TooLarge(f"a pickle that makes dictionaries of more than {MAX_PAIRS} items", "fewer")
             self.push(result(arguments))
 
 

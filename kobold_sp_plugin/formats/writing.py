@@ -1,5 +1,6 @@
 """Writing in one step: what is written is whole, or it is not there."""
 
+import errno
 import os
 import secrets
 import shutil
@@ -11,9 +12,12 @@ from typing import BinaryIO, Iterator, Mapping
 def replacing(path: str) -> Iterator[BinaryIO]:
     """A file to write into, beside ``path``, which takes its place at the end of the ``with`` block.
 
-    A file that is replaced keeps its permissions, and a link to it stays a link. Raises :class:`OSError`.
+    A file that is replaced keeps its permissions, and a link to it stays a link. Raises :class:`OSError`, also
+    where a folder, a pipe or a device has that name.
     """
     path = os.path.realpath(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(errno.EEXIST, "it is no ordinary file", path)
     sibling = _sibling(path)
     try:
         with open(sibling, "xb") as file:

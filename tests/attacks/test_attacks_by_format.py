@@ -118,6 +118,13 @@ def with_base64(change):
     return b'{"tensor": "' + change(text).encode() + b'"}'
 
 
+def dictionaries(items, calls):
+    """A pickle that asks again and again for a dictionary of one long list."""
+    pairs = b"".join(b"M" + struct.pack("<H", key) + b"N\x86" for key in range(items))
+    call = b"h\x00h\x01R"
+    return b"\x80\x02](" + pairs + b"e\x85q\x01ccollections\nOrderedDict\nq\x00(" + call * calls + b"t."
+
+
 def upload(data, **more):
     text = {"name": "n", "data": base64.b64encode(data).decode(), **more}
     return json.dumps(text).encode()
@@ -333,6 +340,12 @@ LISTED = {
         {"adapter_config.json": b'{"peft_type": "P_TUNING"}', "adapter_model.bin/x": b""}, "NotASoftPromptFile",
     ),
     "NovelAI": (None, "UnsupportedMethod"),
+    "many dictionaries of one list": (saved(dictionaries(11_000, 10)), "TooLarge"),
+    "columns side by side that take as much memory again": (
+        tensor(number(0) + b"(" + number(2047) + number(8200) + b"t", b"(" + number(1) + number(2047) + b"t",
+               2047 * 8200),
+        "TooLarge",
+    ),
 }  # fmt: skip
 
 LOADED = {

@@ -1,6 +1,7 @@
 """What is known of a model: of a torch model, of a configuration, and of a folder that nothing is loaded from."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -72,6 +73,18 @@ def test_a_configuration_that_is_none(tmp_path, text):
         facts(tmp_path)
     with pytest.raises(OSError):
         facts(tmp_path / "missing")
+
+
+def test_a_configuration_that_is_no_file_or_too_large_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder" / "config.json").mkdir(parents=True)
+    (tmp_path / "model").mkdir()
+    os.mkfifo(tmp_path / "model" / "config.json")
+    with open(tmp_path / "model.gguf", "wb") as file:
+        file.truncate(2**33)
+    for name in ("pipe", "folder", "model", "model.gguf"):
+        with pytest.raises(ModelError, match="expected a model's configuration"):
+            facts(tmp_path / name)
 
 
 class TestCheckpoints:
@@ -219,6 +232,26 @@ class TestClaims:
             ({"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "vocab_size": 50257}, "GPT-2 124M"),
             ({"model_type": "mixtral", "hidden_size": 4096, "num_hidden_layers": 32, "num_local_experts": 8}, ""),
             ({"model_type": ["gptj"], "n_embd": "x"}, ""),
+            (
+                {"model_type": "gpt_neox", "hidden_size": 512, "num_hidden_layers": 6, "intermediate_size": 2048,
+                 "num_attention_heads": 8, "vocab_size": 50304, "tie_word_embeddings": False},
+                "GPT-NeoX 70M",
+            ),
+            (
+                {"model_type": "gemma", "hidden_size": 3072, "num_hidden_layers": 28, "intermediate_size": 24576,
+                 "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 256, "vocab_size": 256000},
+                "Gemma 8.5B",
+            ),
+            (
+                {"model_type": "falcon", "hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71,
+                 "num_kv_heads": 71, "multi_query": True, "new_decoder_architecture": False, "vocab_size": 65024},
+                "Falcon 6.9B",
+            ),
+            (
+                {"model_type": "falcon", "hidden_size": 8192, "num_hidden_layers": 60, "num_attention_heads": 128,
+                 "num_kv_heads": 8, "multi_query": True, "new_decoder_architecture": True, "vocab_size": 65024},
+                "Falcon 41.3B",
+            ),
         ],
     )  # fmt: skip
     def test_base_and_size_of_a_configuration(self, config, expected):
@@ -227,4 +260,5 @@ class TestClaims:
 
     def test_sizes_as_names_round_them(self):
         assert same_size(6.05e9, 6e9) and same_size(6.6e9, 7e9) and same_size(None, 1.0)
+        assert same_size(1.236e9, 1e9) and same_size(2.51e9, 2e9) and same_size(8.54e9, 7e9)
         assert not same_size(2.7e9, 6e9)

@@ -1,19 +1,16 @@
 """The hook in a stand-in United: in this process, and in one of its own under eventlet."""
 
 import contextlib
-import gc
 import importlib
 import io
 import json
 import logging
 import os
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-import types
 import urllib.error
 import urllib.request
 import zipfile
@@ -178,13 +175,12 @@ class TestGenerations:
         host["spRequest"]("space.zip")
         ids = host.variables.calc_ai_text(PROMPT * 20)
         assert len(ids) + 6 + host.variables.genamt == host.variables.max_length
-        host.text(PROMPT * 20)
-        host["model"].seen.clear()
-        host["model"].raw_generate(PROMPT, 5, is_core=True, forever=True)
-        assert len(host["model"].seen[-1][0]) == host.variables.max_length - 6
-        host["spRequest"]("")
-        host["model"].raw_generate(PROMPT, 5, is_core=True, forever=True)
-        assert len(host["model"].seen[-1][0]) == host.variables.max_length
+        assert host.text(PROMPT * 20)
+        n_text = len(tiny_tokenizer()(PROMPT)["input_ids"])
+        for filename, n_soft in (("space.zip", 6), ("", 0)):
+            host["spRequest"](filename)
+            new = host["model"].raw_generate(PROMPT, 5, is_core=True, forever=True)
+            assert n_soft + n_text + len(new) == host.variables.max_length
 
     def test_the_context_bar_follows_the_selection(self, host):
         host.variables.prompt = PROMPT
@@ -257,7 +253,9 @@ class TestDefects:
         host.load(name="narrow")
         assert host.shown == ("", 0) and host.text()
 
-    @pytest.mark.parametrize("rows", [np.full((3, 32), np.nan, np.float32), np.zeros((3, 32), "S1")], ids=["nan", "text"])
+    @pytest.mark.parametrize(
+        "rows", [np.full((3, 32), np.nan, np.float32), np.zeros((3, 32), "S1")], ids=["nan", "text"]
+    )
     def test_3_and_16_a_bad_file_changes_nothing(self, host, texts, place, rows):
         write_zip(place / "softprompts" / "bad.zip", rows, {"name": "Bad", "description": ""})
         host["spRequest"]("noir.zip")
@@ -551,3 +549,225 @@ def test_whatever_of_ours_fails_the_host_works_and_one_line_says_why(fault, mode
 def test_each_method_of_the_second_table_is_one_of_a_backends():
     base = {name for each in BACKEND for name in [each.name]}
     assert base == {"unload", "core_generate", "raw_generate", "_raw_generate", "patch_embedding"}
+
+
+class Host:
+    """The stand-in as a process of its own, under eventlet, as KoboldAI runs."""
+
+    def __init__(self, place, models, backend="Huggingface", armed=True, **environment):
+        self.place, self.models = place, models
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        start = place / "start"
+        start.mkdir(exist_ok=True)
+        lines = ["import signal, site", f"signal.alarm({4 * START_SECONDS})"]
+        if armed:  # the folder of the hook's files becomes one in which `.pth` files count
+            lines.append(f"site.addsitedir({str(HOOK)!r})")
+        (start / "sitecustomize.py").write_text("\n".join(lines))
+        self.log = place / "log.txt"
+        more = {
+            "PYTHONPATH": f"{start}{os.pathsep}{REPOSITORY}",
+            "OMP_NUM_THREADS": "1",
+            "EVENTLET_THREADPOOL_SIZE": "1",
+        }
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, str(STANDIN), str(self.port), backend, str(models / "first")],
+                cwd=place,
+                env={**os.environ, **environment, **more},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        end = time.monotonic() + START_SECONDS
+        while not self._listens():
+            assert self.process.poll() is None and time.monotonic() < end, self.log.read_text()
+            time.sleep(0.1)
+
+    def _listens(self):
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait(10)
+
+    def ask(self, method, route, **body):
+        url, headers = f"http://127.0.0.1:{self.port}/api/v1/{route}", {"Content-Type": "application/json"}
+        request = urllib.request.Request(url, json.dumps(body).encode() if body else None, headers, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=20) as answer:
+                return answer.status, json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+
+class Page:
+    """The socket of one of the host's two pages."""
+
+    def __init__(self, host, ui):
+        import socketio
+
+        self.heard = []
+        self._news = threading.Condition()
+        self._socket = socketio.Client(reconnection=False, handle_sigint=False)
+        self._socket.on("*", self._hear)
+        self._socket.connect(f"http://127.0.0.1:{host.port}?ui={ui}", transports=["websocket"], wait_timeout=20)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._socket.eio.disconnect()  # the one that waits for its threads
+
+    def _hear(self, event, payload):
+        with self._news:
+            self.heard.append((event, payload))
+            self._news.notify_all()
+
+    def emit(self, event, payload=""):
+        """Send; what was heard before it is forgotten."""
+        with self._news:
+            self.heard.clear()
+        self._socket.emit(event, payload)
+
+    def hears(self, event, seconds=20, when=lambda payload: True):
+        def found():
+            return [payload for name, payload in self.heard if name == event and when(payload)]
+
+        with self._news:
+            assert self._news.wait_for(found, seconds), f"no {event}, but {self.heard}"
+            return found()[0]
+
+    def variable(self, name, when=lambda value: True):
+        return self.hears("var_changed", when=lambda each: each["name"] == name and when(each["value"]))["value"]
+
+    def command(self, name, when=lambda data: True):
+        return self.hears("from_server", when=lambda each: each["cmd"] == name and when(each["data"]))["data"]
+
+
+@pytest.mark.skipif(
+    not all(find_spec(name) for name in ("eventlet", "flask_session")),
+    reason="KoboldAI's libraries (eventlet, flask_session) are not installed",
+)
+class TestUnderEventlet:
+    @pytest.fixture(scope="class")
+    def running(self, models, tmp_path_factory):
+        place = tmp_path_factory.mktemp("armed")
+        (place / "softprompts").mkdir()
+        for seed, name, n_tokens in ((1, "noir", 4), (2, "space", 6)):
+            softprompt(seed, n_tokens, name=name.title(), author="A", description="Rain.").save(
+                place / "softprompts" / f"{name}.zip"
+            )
+        softprompt(3, width=64).save(place / "softprompts" / "wide.zip")
+        with Host(place, models) as host:
+            yield host
+
+    @pytest.fixture
+    def pages(self, running):
+        with Page(running, 2) as new, Page(running, 1) as old:
+            yield new, old
+            running.ask("PUT", "config/soft_prompt", value="")
+
+    def test_a_new_page_is_told_everything_in_an_order_that_it_can_show(self, running, pages):
+        running.ask("PUT", "config/soft_prompt", value="noir.zip")
+        with Page(running, 2) as page:
+            assert page.hears("softprompts")["selection"] == ["noir.zip"]
+            page.variable("sp_length", when=lambda value: value == 4)
+            names = [payload["name"] for event, payload in page.heard if event == "var_changed"]
+            assert names[-6:] == ["allowsp", "splist", "spfilename", "spname", "spmeta", "sp_length"]
+        with Page(running, 1) as page:
+            assert list(page.command("spstatitems", when=bool)) == ["noir.zip"] and page.command("allowsp") is True
+            assert not any(event == "var_changed" for event, _ in page.heard)
+
+    def test_the_new_pages_events(self, running, pages):
+        new, old = pages
+        new.emit("load_softprompt", "noir.zip")
+        assert new.variable("spfilename") == "noir.zip" and new.variable("spname") == "Noir"
+        assert new.variable("sp_length") == 4
+        assert old.command("spstatitems", when=bool)["noir.zip"]["n_tokens"] == 4
+        assert soft_of(new.variable("context", when=soft_of))[0]["tokens"] == [[-1, ""]] * 4
+        new.emit("load_softprompt", "wide.zip")
+        assert "made for 64 columns, this model has 32" in new.hears("error")
+        assert new.variable("spfilename") == "noir.zip", "its list goes back"
+        new.emit("sp_list_refresh")
+        listed = new.variable("splist")
+        assert [name for name, _ in listed] == ["noir.zip", "space.zip", "wide.zip"]
+        assert listed[2][1][0] == "wide (made for 64 columns, this model has 32)"
+        new.emit("load_softprompt_list")
+        assert [row[1] for row in new.hears("popup_items")["items"]] == ["noir.zip", "space.zip"]
+        new.emit("load_softprompt", "")
+        assert new.variable("spfilename") == "" and new.variable("spname") == "Not in Use"
+
+    def test_the_old_pages_commands(self, running, pages):
+        _, old = pages
+        old.emit("message", {"cmd": "splistrequest", "data": ""})
+        rows = old.command("buildsp")
+        assert [row["filename"] for row in rows] == ["noir.zip", "space.zip", "wide.zip"]
+        assert rows[2]["description"].startswith("Cannot be used: made for 64 columns")
+        old.emit("message", {"cmd": "submit", "data": PROMPT})
+        without = old.command("updatescreen")
+        old.emit("message", {"cmd": "spselect", "data": "space.zip"})
+        old.emit("message", {"cmd": "sprequest", "data": ""})
+        old.command("spstatitems", when=bool)
+        old.emit("message", {"cmd": "submit", "data": PROMPT})
+        assert old.command("updatescreen") != without
+        old.emit("message", {"cmd": "spselect", "data": "wide.zip"})
+        old.emit("message", {"cmd": "sprequest", "data": ""})
+        assert "made for 64 columns" in old.command("errmsg")
+
+    def test_a_dropped_file_reaches_both_pages(self, running, pages):
+        new, old = pages
+        new.emit("nothing in particular")
+        old.emit("nothing in particular")
+        file = running.place / "softprompts" / "dropped.zip"
+        softprompt(4, name="Dropped").save(file)
+        assert "dropped.zip" in dict(new.variable("splist"))
+        old.hears("softprompts", when=lambda status: "dropped.zip" in str(status["entries"]))
+        new.emit("load_softprompt", "dropped.zip")
+        new.variable("spfilename", when=lambda name: name == "dropped.zip")
+        file.unlink()
+        assert new.variable("spfilename", when=lambda name: name == "") == ""
+        assert "dropped.zip" in new.hears("show_error_notification")["text"]
+
+    def test_another_model_or_backend_is_told_without_a_reload(self, running, pages):
+        new, old = pages
+        new.emit("load_softprompt", "noir.zip")
+        new.variable("sp_length")
+        for backend, name, usable in (
+            ("Read Only", "", 0),
+            ("Huggingface", "second", 2),
+            ("KoboldCPP", "", 0),
+            ("Basic Huggingface", "narrow", 0),
+            ("Huggingface", "first", 2),
+        ):
+            old.emit("nothing in particular")
+            new.emit("load_model", {"plugin": backend, "path": str(running.models / name) if name else ""})
+            new.hears("loaded")
+            told = {each["name"]: each["value"] for event, each in new.heard if event == "var_changed"}
+            assert told["allowsp"] is bool(name)
+            assert [label.endswith(")") for _, (label, _) in told["splist"]] == [False] * usable + [True] * (3 - usable)
+            assert old.command("allowsp", when=bool), "the list says why"
+            new.emit("load_story", {"prompt": PROMPT})
+            new.variable("splist")
+        assert running.ask("GET", "config/soft_prompt") == (200, {"value": "noir.zip"})
+
+    def test_a_start_restores_the_choice_and_without_us_the_host_reads_its_settings(self, models, place):
+        with Host(place, models) as host:
+            assert host.ask("PUT", "config/soft_prompt", value="noir.zip")[0] == 200
+            text = host.ask("POST", "generate", prompt=PROMPT)
+        with Host(place, models) as host:
+            assert host.ask("GET", "config/soft_prompt") == (200, {"value": "noir.zip"})
+            assert host.ask("POST", "generate", prompt=PROMPT) == text
+        with Host(place, models, armed=False) as host:
+            assert host.ask("GET", "config/soft_prompts_list")[0] == 200
+            assert host.ask("POST", "generate", prompt=PROMPT)[0] == 200
+
+    def test_a_host_that_lacks_a_seam_starts_untouched(self, models, place):
+        with Host(place, models, STANDIN_LACKS="calcsubmit") as host:
+            assert host.ask("GET", "config/soft_prompts_list")[0] == 200
+            lines = [line for line in host.log.read_text().splitlines() if "kobold_sp_plugin" in line]
+        assert len(lines) == 1 and "there is no global named 'calcsubmit'" in lines[0]

@@ -5,6 +5,7 @@ import gc
 import importlib
 import json
 import logging
+import os
 import shutil
 import sys
 import threading
@@ -23,9 +24,11 @@ from models import FAMILY, VOCABULARY, softprompt, tiny_model, tiny_tokenizer
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from kobold_sp_plugin import SoftPrompt
-from kobold_sp_plugin.errors import NoTensor, SoftPromptError, TooLarge
+from kobold_sp_plugin.errors import NoModel, NoTensor, SoftPromptError, TooLarge
 from kobold_sp_plugin.hosts import text_generation_webui as ours
-from kobold_sp_plugin.hosts.text_generation_webui import panel, reserve
+from kobold_sp_plugin.hosts.text_generation_webui import panel, selection_file
+from kobold_sp_plugin.hosts.text_generation_webui.generation import reserve
+from kobold_sp_plugin.hosts.text_generation_webui.model import BACKENDS
 
 REPOSITORY = Path(ours.__file__).resolve().parents[3]
 SCRIPT = REPOSITORY / "hooks" / "text_generation_webui" / "script.py"
@@ -317,7 +320,39 @@ def test_a_failure_is_shown(started):
         started.shared.model.generate(
             inputs_embeds=torch.zeros(1, 3, 32), logits_processor=started.attached.carrying({})["logits_processor"]
         )
-    assert "The last generation failed" in started.attached.notice
+    assert "The last generation failed" in panel.Panel(started.attached).page()
+    started.text()
+    assert "The last generation failed" not in panel.Panel(started.attached).page()
+
+
+def test_a_model_that_came_since_the_state_was_made_reads_them_too(started):
+    started.attached.select(["noir.zip"])
+    started.load("second")
+    expected = started.text()
+    started.load("first")
+    state = started.attached.carrying(started.state())
+    started.load("second")
+    assert list(started.text_generation.generate_reply(PROMPT, state, is_chat=True))[-1] == expected
+    started.load("wide")
+    with pytest.raises(SoftPromptError, match="made for 32 columns, this model has 64"):
+        list(started.text_generation.generate_reply(PROMPT, state, is_chat=True))
+
+
+def test_a_chat_with_an_idle_host_keeps_to_the_budget_from_the_start(started, monkeypatch):
+    started.attached.select(["space.zip"])
+    started.models.unload_model(keep_model_name=True)
+    started.attached.sync()
+    started.shared.args.idle_timeout = 1
+    budgets = []
+    make = started.chat.generate_chat_prompt
+
+    def prompt(text, state, **options):
+        budgets.append(state["truncation_length"])
+        return make(text, state, **options)
+
+    monkeypatch.setattr(started.chat, "generate_chat_prompt", prompt)
+    list(started.chat.chatbot_wrapper(PROMPT, started.state()))
+    assert budgets == [100 - 6]
 
 
 # The budget
@@ -385,6 +420,7 @@ def test_the_selection_outlasts_a_model_that_is_unloaded_reloaded_and_changed(ho
     host.load("wide")
     host.attached.sync()
     assert host.session.selection == () and "noir.zip" in host.session.status()["notice"]
+    assert panel.Panel(host.attached).page().count("soft-prompts-notice") == 1, "it is said once"
     assert {each["filename"]: each["usable"] for each in host.session.status()["entries"]}["wide.zip"]
     host.load("first")
     assert host.text() == expected, "what was chosen last is chosen again"
@@ -406,6 +442,14 @@ def test_the_last_generation_of_a_model_that_goes_does_not_keep_it(started):
     started.attached.sync()
     gc.collect()
     assert model() is None
+
+
+def test_a_measurement_does_not_bring_back_what_was_taken_off_a_model(started):
+    model, engine = started.shared.model, started.session.engine
+    ours.extension.undo()
+    with pytest.raises(NoModel):  # one that comes too late
+        engine.effect([NOIR])
+    assert "kobold_sp" not in str(vars(model)) and "kobold_sp" not in str(vars(model.get_input_embeddings()))
 
 
 def test_a_loader_waits_for_a_measurement_of_the_old_model(started):
@@ -436,6 +480,19 @@ def test_a_backend_that_takes_none_says_why_and_is_left_alone(started):
     assert started.session.selection == ("noir.zip",)
 
 
+def test_a_model_that_cannot_generate_is_left_alone(host):
+    host.start()
+    model = first().model
+    before = set(vars(model)), set(vars(model.get_input_embeddings()))
+    host.models.unload_model()
+    host.attached.sync()
+    host.shared.model, host.shared.tokenizer = model, tiny_tokenizer()
+    host.attached.sync()
+    assert {each["verdict"] for each in host.session.status()["entries"]} == {"not with this backend"}
+    assert "cannot generate" in host.session.status()["entries"][0]["reason"]
+    assert (set(vars(model)), set(vars(model.get_input_embeddings()))) == before
+
+
 @pytest.mark.parametrize("spoil", [lambda model: model.set_input_embeddings(None), None])
 def test_a_model_that_soft_tokens_cannot_be_given_to_is_left_alone(host, spoil):
     host.start()
@@ -451,7 +508,7 @@ def test_a_model_that_soft_tokens_cannot_be_given_to_is_left_alone(host, spoil):
 
 
 def test_every_known_backend_has_a_reason_of_its_own():
-    assert len(ours.BACKENDS) >= 4 and all(ours.BACKENDS.values())
+    assert len(BACKENDS) >= 4 and all(BACKENDS.values())
 
 
 def test_loras_come_and_go(host):
@@ -669,6 +726,38 @@ def test_undo_leaves_modules_and_model_as_they_were(host):
     assert host.snapshot() == before and attributes() == untouched
 
 
+def test_a_page_that_is_still_open_does_not_bring_it_back_after_undo(host):
+    plain, model = host.text(), host.shared.model
+    before = set(vars(model))
+    host.start()
+    host.attached.select(["noir.zip"])
+    left = host.attached
+    ours.extension.undo()
+    left.sync()
+    panel.Panel(left).refresh()
+    state = host.state()
+    assert left.carrying(state) is state and not left.enabled
+    assert set(vars(model)) == before and host.text() == plain
+
+
+def test_what_is_remembered_is_what_was_chosen_last_though_two_choose_at_once(started, monkeypatch):
+    write = selection_file.write
+    others = []
+
+    def slow(path, selection):
+        if not others:
+            others.append(threading.Thread(target=started.attached.select, args=(["space.zip"],)))
+            others[0].start()
+            others[0].join(0.3)
+        write(path, selection)
+
+    monkeypatch.setattr(selection_file, "write", slow)
+    started.attached.select(["noir.zip"])
+    others[0].join(30)
+    remembered = json.loads((started.data / "softprompts.json").read_text())["selection"]
+    assert tuple(remembered) == started.session.selection
+
+
 def test_the_selection_outlasts_the_program(host):
     expected = reference(host, [SPACE])
     host.start()
@@ -685,7 +774,17 @@ def test_the_selection_outlasts_the_program(host):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b'{"selection": 5}', b"\xff\xfe", b'{"selection": ["gone.zip"]}']
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"[" * 60000,
+        b'{"selection": 5}',
+        b'{"selection": {"noir.zip": 1}}',
+        b"\xff\xfe",
+        b'{"selection": ["gone.zip"]}',
+    ],
 )
 def test_a_choice_that_cannot_be_read_or_carried_out_does_not_keep_it_from_starting(host, content):
     (host.data / "softprompts.json").write_bytes(content)
@@ -708,6 +807,15 @@ def test_a_missing_folder_is_made(host):
     shutil.rmtree(host.folder)
     host.start()
     assert host.folder.is_dir()
+
+
+def test_a_folder_that_cannot_be_made_is_named_in_one_line(host, caplog):
+    shutil.rmtree(host.folder)
+    host.folder.write_text("a file")
+    host.start()
+    (line,) = caplog.records
+    assert "softprompts cannot be made" in line.getMessage() and not line.exc_info
+    assert "softprompts cannot be made" in ours.extension.fault and host.text()
 
 
 def spoil_state_hook(host):
@@ -834,6 +942,23 @@ def test_two_of_one_name_are_told_apart(started, block):
     block.refresh()
     labels = [label for label, _ in block.choices()]
     assert labels == ["Noir, noir.zip (4 tokens)", "Noir, noir2.zip (4 tokens)", "Space (6 tokens)"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' file names are Unicode")
+def test_a_file_whose_name_is_not_unicode_is_shown_and_chosen(started, block):
+    shutil.copy(started.folder / "noir.zip", os.fsencode(started.folder) + b"/\xff.zip")
+    block.refresh()
+    (value,) = {name for _, name in block.choices()} - {"noir.zip", "space.zip"}
+    assert block.load([value]) == "" and block.selection == [value]
+    assert started.session.selection == (os.fsdecode(b"\xff.zip"),)
+    json.dumps([block.choices(), block.selection, block.page()], ensure_ascii=False).encode("utf-8")
+
+
+def test_a_selected_file_that_cannot_be_read_any_more_has_no_count(started, block):
+    assert block.load(["noir.zip"]) == ""
+    (started.folder / "noir.zip").write_bytes(b"PK")
+    block.refresh()
+    assert ("noir", "noir.zip") in block.choices()
 
 
 def test_the_block_is_due_again_when_the_folder_or_the_model_changes(started):

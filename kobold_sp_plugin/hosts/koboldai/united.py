@@ -171,7 +171,11 @@ class United(Attachment):
         saved = self._system["spfilename"]
         self._remembered: Tuple[str, ...] = (saved,) if isinstance(saved, str) and saved.strip() else ()
         """What the user chose last, whether or not the model in use can take it."""
-        self._script = f"<script>\n{_SCRIPT.read_text(encoding='utf-8')}</script>\n"
+        # The page's own scripts are deferred, jQuery too: ours waits for them.
+        script = (
+            f'document.addEventListener("DOMContentLoaded", function () {{\n{_SCRIPT.read_text(encoding="utf-8")}}});'
+        )
+        self._script = f"<script>\n{script}\n</script>\n"
         missing = [
             f"the backend {name!r} has no {seam.name}"
             for name, backend in host["model_backends"].items()
@@ -189,7 +193,8 @@ class United(Attachment):
         """Leave the host: every seam is its own again, and so is the model, which gets the host's own patch."""
         from ...soft_tokens import attach as attach_soft_tokens
 
-        backend, is_ours, engine = self._host.get("model"), self._serves, self._engine
+        backend: Any = self._host.get("model")
+        is_ours, engine = self._serves, self._engine
         super().undo()
         model = _model_of(backend)
         if engine is not None and model is not None:
@@ -242,7 +247,7 @@ class United(Attachment):
 
     def _loaded(self, backend_name: str, refusal: str) -> None:
         """Take in what the host has loaded; where nothing is selected, select what the user chose last."""
-        backend = self._host.get("model")
+        backend: Any = self._host.get("model")
         self._hosts_own = not refusal and bool(backend.capabilties.uses_tpu)
         if self._hosts_own:
             self.session.use(None)
@@ -381,13 +386,11 @@ class United(Attachment):
             return
         variables = self.menu.variables()
         variables["spmeta"] = shown(status) if status["selection"] else None
-        del variables["sp_length"]
-        self._system.update(variables)
+        self._system.update(variables, sp=None)
         self._show_length()
 
     def _show_none(self) -> None:
-        self._system.update(spfilename="", spname="Not in Use", spmeta=None, sp=None)
-        self._show_length()
+        self._system.update(spfilename="", spname="Not in Use", spmeta=None, sp=None, sp_length=0)
 
     def _show_length(self) -> None:
         self._system["sp_length"] = self._n_tokens
@@ -407,9 +410,9 @@ class United(Attachment):
         if event == "from_server" and payload["cmd"] == "warnmsg":  # which the new page does not know
             notice = {"title": "Soft prompts", "text": html.unescape(payload["data"])}  # and it inserts text as text
             super()._emit("show_error_notification", notice, UI2)
-        if event == "var_changed" and payload["name"] == "sp_length" and to == UI2:
-            if not self._variables.aibusy and not self._host["koboldai_settings"].multi_story:
-                self._variables.calc_ai_text()
+        is_length = event == "var_changed" and payload["name"] == "sp_length" and to == UI2
+        if is_length and not self._variables.aibusy and not self._host["koboldai_settings"].multi_story:
+            self._variables.calc_ai_text()
 
     def _host_emit(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         payload = args[1] if len(args) > 1 else None
@@ -461,7 +464,7 @@ def _model_of(backend: Any) -> Any:
     """The transformers model of a backend, without what PEFT has put around it; None where there is none."""
     import torch
 
-    model = getattr(backend, "model", None)
+    model: Any = getattr(backend, "model", None)
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
     can_generate = hasattr(model, "generate") and hasattr(model, "get_input_embeddings")

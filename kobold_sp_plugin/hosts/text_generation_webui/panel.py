@@ -16,7 +16,7 @@ from ...catalogue import EXTENSIONS
 from ...errors import SoftPromptError, TooLarge
 
 if TYPE_CHECKING:  # the two import each other
-    from . import Attachment
+    from .attachment import Attachment
 
 MAX_UPLOAD = 2**28
 """Bytes of an uploaded file: more than the largest soft prompt of the widest model."""
@@ -61,24 +61,26 @@ class Panel:
         self.message = ""
 
     def choices(self) -> List[Tuple[str, str]]:
-        """Label and file name of what may be selected, and of what is."""
+        """Label and file name, as text, of what may be selected, and of what is."""
         status = self._attachment.session.status()
         shown = [each for each in status["entries"] if each["usable"] or each["filename"] in status["selection"]]
         names = [each["name"] for each in shown]
         return [
             (
-                each["name"]
-                + (f", {each['filename']}" if names.count(each["name"]) > 1 else "")
-                + f" ({_tokens(each['n_tokens'])})",
-                each["filename"],
+                _text(
+                    each["name"]
+                    + (f", {each['filename']}" if names.count(each["name"]) > 1 else "")
+                    + (f" ({_tokens(each['n_tokens'])})" if each["n_tokens"] is not None else "")
+                ),
+                _text(each["filename"]),
             )
             for each in shown
         ]
 
     @property
     def selection(self) -> List[str]:
-        """File names of what is selected, in order."""
-        return list(self._attachment.session.selection)
+        """File names, as text, of what is selected, in order."""
+        return [_text(name) for name in self._attachment.session.selection]
 
     def page(self, message: str = "") -> str:
         """The indicator, what is to be known, and the files with their verdicts, as HTML; all text is escaped."""
@@ -95,16 +97,18 @@ class Panel:
             light, text = "", "No soft prompt in use"
         if status["model"]:
             text += f" · model: {status['model']}"
-        notices = [each for each in (message, status["notice"], self._attachment.notice) if each]
+        notices = [each for each in (message, *self._attachment.notices) if each]
         lines = [f'<div><span class="soft-prompts-light {light}"></span>{html.escape(text)}</div>']
         lines += [f'<div class="soft-prompts-notice">{html.escape(each)}</div>' for each in notices]
         lines.append(_table(status["entries"]))
-        return "".join(lines)
+        return _text("".join(lines))
 
     def load(self, filenames: Optional[Sequence[str]]) -> str:
-        """Select these files, in order; what is to be said of it."""
+        """Select these files, in order, by their names as text; what is to be said of it."""
+        names = [filenames] if isinstance(filenames, str) else list(filenames or [])
+        known = {_text(each["filename"]): each["filename"] for each in self._attachment.session.status()["entries"]}
         try:
-            self._attachment.select([filenames] if isinstance(filenames, str) else list(filenames or []))
+            self._attachment.select([known.get(name, name) for name in names])
         except SoftPromptError as error:
             return f"Not selected: {error}"
         return ""
@@ -232,6 +236,11 @@ def _build(gr: Any, attachment: "Attachment", panel: Panel) -> None:
     interface = attachment.shared.gradio.get("interface")
     if interface is not None:
         interface.load(lambda: shown(panel.refresh()), None, **outputs)
+
+
+def _text(text: str) -> str:
+    """``text`` as a page can hold it: a file's name need not be UTF-8, and Gradio's JSON has to be."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _tokens(n_tokens: Optional[int]) -> str:

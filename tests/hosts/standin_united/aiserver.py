@@ -4,7 +4,6 @@ Run as a script in a folder with ``softprompts/``, under eventlet; the arguments
 of a model. Executed under another name it serves nothing, for tests that call it.
 """
 
-# ruff: noqa: E402
 if __name__ == "__main__":
     import eventlet
 
@@ -31,6 +30,9 @@ app.config["SESSION_TYPE"] = "filesystem"
 socketio = SocketIO(app, async_mode="eventlet" if __name__ == "__main__" else "threading")
 queue = SimpleQueue()
 """What is to be sent and was not said by a request; the relay sends it."""
+
+# Run inside a test's process, the host would empty the tensors of all other tests as well.
+NOT_THE_HOSTS = {id(each): each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)}
 
 
 class ValidationError(ValueError):
@@ -129,9 +131,7 @@ def settingschanged():
 
 class InferenceModel:
     def __init__(self, **capabilities):
-        self.capabilties = types.SimpleNamespace(
-            **{"embedding_manipulation": False, "uses_tpu": False, **capabilities}
-        )
+        self.capabilties = types.SimpleNamespace(**{"embedding_manipulation": False, "uses_tpu": False, **capabilities})
         self.model, self.tokenizer, self.path, self.seen = None, None, "", []
 
     def load(self):
@@ -180,7 +180,8 @@ class Transformers(InferenceModel):
         self.model = self.tokenizer = None
         with torch.no_grad():
             for each in gc.get_objects():
-                if isinstance(each, torch.Tensor):
+                # By type: some of torch's objects warn when they are looked at.
+                if issubclass(type(each), torch.Tensor) and id(each) not in NOT_THE_HOSTS:
                     each.set_()
         gc.collect()
 
@@ -191,7 +192,6 @@ class Transformers(InferenceModel):
                 do_sample=False,
                 max_length=min(len(prompt_tokens) + max_new, koboldai_vars.max_length),
                 stopping_criteria=StoppingCriteriaList([Sees(self.seen)]),
-                eos_token_id=-1 if __name__ == "__main__" else None,
                 pad_token_id=0,
             )
         return rows[0, len(prompt_tokens) :].tolist()
