@@ -8,7 +8,6 @@ set "PYTHONNOUSERSITE=1"
 set "PYTHONDONTWRITEBYTECODE=1"
 set "PYTHONPATH="
 set "PYTHONHOME="
-set "DOWNLOAD="
 set "RESULT=2"
 
 set "HOST_PREFIX="
@@ -21,7 +20,7 @@ for %%P in ("miniconda3\python" "miniconda3" "runtime\envs\koboldai" "venv\Scrip
 )
 if not exist "aiserver.py" goto not_here
 if not defined HOST_PYTHON goto not_here
-rem What KoboldAI's play.bat does by activating: the libraries that this Python needs to download.
+rem What KoboldAI's play.bat does by activating: the libraries that this Python needs to download watchdog.
 set "PATH=%HOST_PREFIX%;%HOST_PREFIX%\Library\bin;%HOST_PREFIX%\Scripts;%PATH%"
 echo KoboldAI's Python: "%HOST_PYTHON%"
 
@@ -32,15 +31,8 @@ if defined ANSWER if /I "%ANSWER:~0,1%"=="U" set "TASK=uninstall"
 
 set "WHEEL="
 for %%W in ("kobold_sp_plugin-*.whl") do set "WHEEL=%%~fW"
-if defined WHEEL goto have_wheel
-echo There is no kobold_sp_plugin-*.whl beside install.bat; downloading it.
-set "DOWNLOAD=%TEMP%\kobold_sp_plugin-%RANDOM%%RANDOM%"
-"%HOST_PYTHON%" -m pip download --quiet --disable-pip-version-check --no-cache-dir --no-deps --only-binary :all: --dest "%DOWNLOAD%" kobold_sp_plugin
-if errorlevel 1 goto no_wheel
-for %%W in ("%DOWNLOAD%\kobold_sp_plugin-*.whl") do set "WHEEL=%%~fW"
 if not defined WHEEL goto no_wheel
 
-:have_wheel
 echo Package: "%WHEEL%"
 "%HOST_PYTHON%" -c "import sys; sys.path.insert(0, sys.argv.pop(1)); from kobold_sp_plugin.cli import main; main(prog_name='kobold-sp')" "%WHEEL%" %TASK% .
 set "RESULT=%ERRORLEVEL%"
@@ -53,9 +45,8 @@ echo Copy install.bat into the folder with aiserver.py and play.bat, run install
 goto finish
 
 :no_wheel
-echo It could not be downloaded. Put the file kobold_sp_plugin-....whl beside install.bat, then start it again.
+echo There is no kobold_sp_plugin-....whl here. Put it beside install.bat, then start it again.
 
 :finish
-if defined DOWNLOAD if exist "%DOWNLOAD%" rmdir /S /Q "%DOWNLOAD%"
 pause
 exit /B %RESULT%

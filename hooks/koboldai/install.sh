@@ -6,10 +6,8 @@ PYTHONNOUSERSITE=1
 PYTHONDONTWRITEBYTECODE=1
 export PYTHONNOUSERSITE PYTHONDONTWRITEBYTECODE
 unset PYTHONPATH PYTHONHOME
-download=
 
 finish() {
-    [ -z "$download" ] || rm -rf "$download"
     if [ -t 0 ]; then
         printf 'Press Enter to close this window. '
         read -r _
@@ -43,14 +41,8 @@ for each in ./kobold_sp_plugin-*.whl; do
     [ -f "$each" ] && wheel=$PWD/${each#./}
 done
 if [ -z "$wheel" ]; then
-    echo "There is no kobold_sp_plugin-*.whl beside install.sh; downloading it."
-    download=$(mktemp -d) || finish 2
-    if ! "$host_python" -m pip download --quiet --disable-pip-version-check --no-cache-dir --no-deps \
-        --only-binary :all: --dest "$download" kobold_sp_plugin; then
-        echo "It could not be downloaded. Put the file kobold_sp_plugin-....whl beside install.sh, then start it again."
-        finish 2
-    fi
-    for each in "$download"/kobold_sp_plugin-*.whl; do wheel=$each; done
+    echo "There is no kobold_sp_plugin-....whl here. Put it beside install.sh, then start it again."
+    finish 2
 fi
 echo "Package: $wheel"
 

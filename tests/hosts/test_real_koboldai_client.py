@@ -276,7 +276,7 @@ class TestDefects:
                 choose(wire, "space64.zip")
                 eventually(lambda: selected(host) == "space64.zip")
             path = host.place / "settings" / "tiny-gptj.settings"
-            eventually(lambda: json.loads(path.read_text())["softprompt"] == "space64.zip")
+            eventually(lambda: '"softprompt": "space64.zip"' in path.read_text())  # the host may be in the midst of it
             host.restart()
             assert selected(host) == "space64.zip"
 
