@@ -117,6 +117,10 @@ class TestText:
             for name in ("", f"noir{width}.zip", f"space{width}.zip")
             for more in ({}, {"n": 2}, {"rep_pen": 3.0}, {"prompt": PROMPT * 60, "max_context_length": 512})
         ]
+        requests += [
+            {"prompt": "", "seed": 300 + list(FAMILIES).index(family), "soft_prompt": f"noir{width}.zip", **more}
+            for more in ({}, {"rep_pen": 3.0})
+        ]
         with make_host(family, armed=False, name="native-" + family) as host:
             expected = [host.generate(**request) for request in requests]
         if family != "gptj":

@@ -146,6 +146,9 @@ class TestText:
             for name in ("", f"noir{width}.zip", f"space{width}.zip")
             for more in ({}, {"n": 2}, {"rep_pen": 3.0}, {"prompt": PROMPT * 9, "max_context_length": 60})
         ]
+        requests += [
+            {"prompt": "", "seed": 5, "soft_prompt": f"noir{width}.zip", **more} for more in ({}, {"rep_pen": 3.0})
+        ]
         texts = []
         for is_armed in (False, True):
             with make_host(family, is_armed, f"{family}-{is_armed}") as host:
