@@ -11,6 +11,7 @@ import torch
 from ..compatibility import context_of
 from ..errors import ContextExceeded, UnsupportedCall
 from ..patching import Patch, patch
+from ..softprompt import SoftPrompt
 from .columns import grow_mask, insert_columns, start_of_text
 from .embedding import has_encoder
 from .prefix import Prefixes
@@ -18,6 +19,9 @@ from .rows import Rows
 
 CACHES = ("past_key_values", "past", "cache_params", "state", "mems", "past_buckets_states")
 """Names under which releases and families hand their caches from step to step."""
+
+_READ = "_kobold_sp_read"
+"""The attribute of a cache that says which soft prompts are in it."""
 
 READ_ALL = ("cpmant", "xlm-roberta-xl", "xlnet")
 """Models that have to be given all ids at each step: they find by themselves what is new, and where it stands."""
@@ -62,11 +66,24 @@ ENCODER_SEAMS = (
 )
 
 
+_UNKNOWN = -1
+"""The length of a cache that does not tell it: Gemma 2's, in releases before 4.48."""
+
+
+class Read(NamedTuple):
+    """What a cache holds besides the text."""
+
+    softprompts: Tuple[SoftPrompt, ...]
+    positions: int
+
+
 class Generation:
     """What one call of ``generate`` is doing; its soft prompts are a snapshot."""
 
-    def __init__(self, rows: Rows, reads_all: bool):
+    def __init__(self, rows: Rows, reads_all: bool, n_new: Optional[int]):
         self.rows = rows
+        self.n_new = n_new
+        """Columns of the text that a cache which the caller gave back does not hold; None: there is no such cache."""
         self.has_read_prompt = False
         self.inserted = False
         """The ids that the loop hands over already hold the soft tokens (a prompt that is read in chunks)."""
@@ -154,27 +171,75 @@ class GenerationAdapter:
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         rows = self._chosen()
         if rows is None:
-            with self._in_generation(None):
-                return original(*args, **kwargs)
+            return self._generate_without(original, *args, **kwargs)
         self._check()
         stands_in = self._is_without_text(args, kwargs)
         if stands_in:
             rows = rows.in_place_of_text()
             args, kwargs = (), self._with_a_stand_in(args, kwargs)
+        n_new = self._beyond_cache(rows, args, kwargs)
         kwargs = self._with_room_for(rows, args, kwargs)
-        generation = Generation(rows, self._model_type in READ_ALL)
+        generation = Generation(rows, self._model_type in READ_ALL, n_new)
         with self._in_generation(generation):
             result = original(*args, **kwargs)
         if not generation.has_read_prompt:
             raise UnsupportedCall(
                 "the soft prompt was not read: somebody has replaced prepare_inputs_for_generation since attach()"
             )
+        if not (stands_in or generation.reads_all or self._has_encoder):
+            for used in (kwargs, result):
+                _mark(_cache_in(used), Read(rows.softprompts, rows.room))
         if not stands_in:
             return result
         if isinstance(result, torch.Tensor):
             return result[:, 1:]
         result.sequences = result.sequences[:, 1:]
         return result
+
+    def _generate_without(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Without soft prompts; a cache that holds some would be taken for one of the text alone."""
+        if _read_in(_cache_in(kwargs)) is not None and _length_of(_cache_in(kwargs)):
+            raise UnsupportedCall(
+                "generate() was given a cache that holds a soft prompt, and none is selected; select it again, or "
+                "begin with a new cache"
+            )
+        with self._in_generation(None):
+            result = original(*args, **kwargs)
+        for used in (kwargs, result):
+            _mark(_cache_in(used), None)
+        return result
+
+    def _beyond_cache(self, rows: Rows, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Optional[int]:
+        """Columns of the text behind those that the caller's cache holds; None where there is none, or an empty one.
+
+        The cache has to be one that a generation with the same soft prompts has filled.
+        """
+        cache = _cache_in(kwargs)
+        held = _length_of(cache)
+        if not held:
+            return None
+        read = _read_in(cache)
+        if read != Read(rows.softprompts, rows.room):
+            raise UnsupportedCall(
+                "generate() was given a filled cache (past_key_values) that does not begin with the selected soft "
+                "prompt; begin with a new cache"
+            )
+        ids, mask = _ids_of(args, kwargs), kwargs.get("attention_mask")
+        length = ids.shape[-1] if mask is None or not self._takes_new_ids_only else mask.shape[-1]
+        if held == _UNKNOWN:
+            raise UnsupportedCall(f"generate() was given a {type(cache).__name__}, which does not tell how full it is")
+        n_new = length - (held - read.positions)
+        if not 0 < n_new <= min(ids.shape[-1], length):
+            raise UnsupportedCall(
+                f"generate() was given a cache of {held - read.positions} positions of text, and a text of {length}; "
+                "it has to begin with the same text, and to be longer"
+            )
+        return int(n_new)
+
+    @property
+    def _takes_new_ids_only(self) -> bool:
+        """Whether a caller may give, beside a cache, only the ids that are new, and a mask of all (from 5.0)."""
+        return hasattr(self._model(), "_prefill")
 
     def _is_without_text(self, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> bool:
         ids = _ids_of(args, kwargs)
@@ -209,9 +274,6 @@ class GenerationAdapter:
         for name, what in taken:
             if kwargs.get(name) is not None:
                 raise UnsupportedCall(f"generate() was given {what} ({name}); with a soft prompt it takes ids only")
-        for name in CACHES:
-            if _length_of(kwargs.get(name)):
-                raise UnsupportedCall(f"generate() was given a filled cache ({name}) together with a soft prompt")
         self._check_context(rows, args, kwargs)
         grown = dict(kwargs)
         if not _cuts_relatively() and not self._has_encoder:
@@ -289,7 +351,15 @@ class GenerationAdapter:
         generation = self._generation
         if generation is not None and generation_config.prefill_chunk_size is not None:
             model_kwargs = args[0] if args else kwargs.get("model_kwargs", kwargs)  # 4.57 spreads them
-            input_ids = self.insert(generation.rows, input_ids, model_kwargs.get("attention_mask"))
+            mask = model_kwargs.get("attention_mask")
+            if generation.n_new is None:
+                input_ids = self.insert(generation.rows, input_ids, mask)
+            elif self._takes_new_ids_only:
+                input_ids = input_ids[:, -generation.n_new :]
+            else:  # 4.57 begins at the first position again
+                raise UnsupportedCall(
+                    "generate() was given a filled cache and a prefill_chunk_size; use one of the two"
+                )
             generation.inserted = True
             try:
                 return original(input_ids, generation_config, *args, **kwargs)
@@ -315,6 +385,13 @@ class GenerationAdapter:
                 new_ids = input_ids[:, -positions.shape[0] :]
             generation.decoding = True
             return original(new_ids, *args, **kwargs)
+        if generation.n_new is not None and not generation.has_read_prompt:
+            generation.has_read_prompt = generation.decoding = True
+            if "next_sequence_length" in kwargs:  # from 5.0
+                kwargs["next_sequence_length"] = generation.n_new
+            else:  # before, the model cuts off as many ids as its cache has positions
+                input_ids = self.insert(generation.rows, input_ids, mask)
+            return original(input_ids, *args, **kwargs)
         inputs = original(self.insert(generation.rows, input_ids, mask), *args, **kwargs)
         generation.decoding = not generation.has_read_prompt and self._prefixes.shorten(
             self._model(), generation.rows, inputs, mask
@@ -350,4 +427,35 @@ def _length_of(cache: Any) -> int:
     """Positions that a cache handed in by a caller already holds."""
     if cache is None:
         return 0
-    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else len(cache)
+    if isinstance(cache, (tuple, list)):  # of a release that has no class for it: keys and values of each layer
+        pairs = [each for each in cache[:1] if isinstance(each, (tuple, list))]
+        return int(pairs[0][1].shape[-2]) if pairs else len(cache)
+    length = cache.get_seq_length() if hasattr(cache, "get_seq_length") else len(cache)
+    return _UNKNOWN if length is None else int(length)
+
+
+def _cache_in(arguments: Any) -> Any:
+    """The cache among the arguments of ``generate``, or in what it returned."""
+    found = (arguments.get(name) for name in CACHES) if isinstance(arguments, dict) else ()
+    return next((cache for cache in found if cache is not None), None)
+
+
+def _marked(cache: Any) -> Any:
+    """What of a cache can carry an attribute: a tuple cannot, but its first tensor."""
+    while isinstance(cache, (tuple, list)) and cache:
+        cache = cache[0]
+    return cache
+
+
+def _read_in(cache: Any) -> Optional[Read]:
+    read: Optional[Read] = getattr(_marked(cache), _READ, None)
+    return read
+
+
+def _mark(cache: Any, read: Optional[Read]) -> None:
+    """Note on ``cache``, in place, what it holds besides the text; None: nothing."""
+    holder = _marked(cache)
+    if read is not None and hasattr(holder, "__dict__"):
+        setattr(holder, _READ, read)
+    elif read is None and hasattr(holder, _READ):
+        delattr(holder, _READ)
