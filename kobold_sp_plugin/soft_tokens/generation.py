@@ -274,6 +274,11 @@ class GenerationAdapter:
         for name, what in taken:
             if kwargs.get(name) is not None:
                 raise UnsupportedCall(f"generate() was given {what} ({name}); with a soft prompt it takes ids only")
+        if self._setting("assistant_early_exit", kwargs) is not None:
+            raise UnsupportedCall(
+                "assistant_early_exit makes a model its own helper, which reads the text without the soft prompt; "
+                "generate without it"
+            )
         self._check_context(rows, args, kwargs)
         grown = dict(kwargs)
         if not _cuts_relatively() and not self._has_encoder:
