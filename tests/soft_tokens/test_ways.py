@@ -233,7 +233,7 @@ class Eyes:
 
     def saw_text_only(self):
         return all(
-            0 <= int(ids.min()) and int(ids.max()) < VOCABULARY and (ids[:, 0] == TEXT[0, 0]).all() for ids in self.ids
+            int(ids.min()) >= 0 and int(ids.max()) < VOCABULARY and (ids[:, 0] == TEXT[0, 0]).all() for ids in self.ids
         )
 
 
