@@ -381,6 +381,9 @@ class GenerationAdapter:
             generation.has_read_prompt = True
             generation.decoding = False
             return original(input_ids, *args, **kwargs)
+        if mask is not None and mask.dim() == 2 and mask.shape[1] == input_ids.shape[1]:
+            # Who guesses ahead cuts the mask to the text and its guesses; what went is not padding.
+            mask = kwargs["attention_mask"] = grow_mask(mask, generation.rows.room)
         # The first call reads the prompt; later ones read what is new, or, without a cache, all again.
         caches = [kwargs[name] for name in CACHES if kwargs.get(name) is not None]
         if generation.has_read_prompt and not generation.reads_all and caches and not _is_empty(caches[0]):
