@@ -90,6 +90,9 @@ class Rows:
 
 def _through(embedding: Any, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
     """``rows`` of the matrix as they leave the module, with the module's own operations, so that roundings agree."""
+    if "weight" not in embedding._parameters:  # around the module that has the matrix: a LoRA, whose own rows are text's
+        within = (each for each in embedding.modules() if each._parameters.get("weight") is embedding.weight)
+        embedding = next(within, embedding)
     scale = getattr(embedding, "embed_scale", None)
     if isinstance(scale, torch.Tensor):
         if scale.device.type == "meta":
