@@ -273,8 +273,11 @@ def read_tags(
     found: Dict[str, SoftPrompt] = {}
     parts: List[Part] = []
     for part in parts_of(text):
+        if isinstance(part, SoftPrompt):
+            parts.append(part)
+            continue
         end = 0
-        for tag in _TAG.finditer(part) if isinstance(part, str) else ():
+        for tag in _TAG.finditer(part):
             name = unquote(tag.group(1))
             if name not in found:
                 one = names.get(name) if isinstance(names, Mapping) else names(name)
@@ -285,7 +288,7 @@ def read_tags(
                 found[name] = one
             parts += (part[end : tag.start()], found[name])
             end = tag.end()
-        parts.append(part[end:] if isinstance(part, str) else part)
+        parts.append(part[end:])
     return TaggedText(parts) if found else text
 
 

@@ -16,6 +16,7 @@ from .columns import grow_mask, insert_columns, start_of_text
 from .embedding import has_encoder
 from .prefix import Prefixes
 from .rows import Rows
+from .text import softprompts_in
 
 CACHES = ("past_key_values", "past", "cache_params", "state", "mems", "past_buckets_states")
 """Names under which releases and families hand their caches from step to step."""
@@ -96,14 +97,15 @@ class Generation:
 class GenerationAdapter:
     """Changes ``generate`` of ``model``, in place, so that soft tokens are read before the text, until ``undo``.
 
-    ``chosen`` says which soft prompts a generation begun now, in this thread, reads; ``check`` raises where
+    ``chosen`` says which soft prompts a generation begun now, in this thread, reads, given those that stand inside of
+    its text; ``check`` raises where
     the model cannot read them any more; ``ended`` is called when no generation is running.
     """
 
     def __init__(
         self,
         model: Any,
-        chosen: Callable[[], Optional[Rows]],
+        chosen: Callable[..., Optional[Rows]],
         check: Callable[[], Any],
         ended: Callable[[], None],
     ):
@@ -142,9 +144,11 @@ class GenerationAdapter:
 
     def insert(self, rows: Rows, input_ids: torch.Tensor, grown_mask: Optional[torch.Tensor]) -> torch.Tensor:
         """``input_ids`` with the soft tokens in their place; ``grown_mask`` has room for them, None: no padding."""
+        return rows.insert(input_ids, grown_mask, self._bos())
+
+    def _bos(self) -> Optional[int]:
         model = self._model()
-        bos = getattr(model.config, "bos_token_id", None) if model is not None else None
-        return rows.insert(input_ids, grown_mask, bos)
+        return getattr(model.config, "bos_token_id", None) if model is not None else None
 
     @property
     def _generation(self) -> Optional[Generation]:
@@ -169,14 +173,15 @@ class GenerationAdapter:
     # The call
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        rows = self._chosen()
+        given = _ids_of(args, kwargs)
+        inside = softprompts_in(given)
+        rows = self._chosen(tuple(inside.values()))
         if rows is None:
             return self._generate_without(original, *args, **kwargs)
         self._check()
-        stands_in = self._is_without_text(args, kwargs)
-        if stands_in:
-            rows = rows.in_place_of_text()
-            args, kwargs = (), self._with_a_stand_in(args, kwargs)
+        as_a_whole = bool(inside) or self._is_without_text(args, kwargs)
+        if as_a_whole:
+            rows, args, kwargs = self._text_of(rows, inside, args, kwargs)
         n_new = self._beyond_cache(rows, args, kwargs)
         kwargs = self._with_room_for(rows, args, kwargs)
         generation = Generation(rows, self._model_type in READ_ALL, n_new)
@@ -186,14 +191,15 @@ class GenerationAdapter:
             raise UnsupportedCall(
                 "the soft prompt was not read: somebody has replaced prepare_inputs_for_generation since attach()"
             )
-        if not (stands_in or generation.reads_all or self._has_encoder):
+        if not (generation.reads_all or self._has_encoder):
             for used in (kwargs, result):
-                _mark(_cache_in(used), Read(rows.softprompts, rows.room))
-        if not stands_in:
+                _mark(_cache_in(used), _what_is_read(rows))
+        if not as_a_whole or self._has_encoder:
             return result
+        n_text = _ids_of(args, kwargs).shape[1]
         if isinstance(result, torch.Tensor):
-            return result[:, 1:]
-        result.sequences = result.sequences[:, 1:]
+            return _behind(given, result[:, n_text:])
+        result.sequences = _behind(given, result.sequences[:, n_text:])
         return result
 
     def _generate_without(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -219,10 +225,10 @@ class GenerationAdapter:
         if not held:
             return None
         read = _read_in(cache)
-        if read != Read(rows.softprompts, rows.room):
+        if read != _what_is_read(rows) or rows.prompt is not None:
             raise UnsupportedCall(
                 "generate() was given a filled cache (past_key_values) that does not begin with the selected soft "
-                "prompt; begin with a new cache"
+                "prompt, or a text with soft prompts inside; begin with a new cache"
             )
         ids, mask = _ids_of(args, kwargs), kwargs.get("attention_mask")
         length = ids.shape[-1] if mask is None or not self._takes_new_ids_only else mask.shape[-1]
@@ -245,21 +251,38 @@ class GenerationAdapter:
         ids = _ids_of(args, kwargs)
         return isinstance(ids, torch.Tensor) and ids.shape[-1:] == (0,) and not self._has_encoder
 
-    def _with_a_stand_in(self, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Dict[str, Any]:
-        """The call with one token of text, which will read as a soft one: ``generate`` cannot begin with none.
+    def _text_of(
+        self, rows: Rows, inside: Dict[int, SoftPrompt], args: Tuple[Any, ...], kwargs: Dict[str, Any]
+    ) -> Tuple[Rows, Tuple[Any, ...], Dict[str, Any]]:
+        """The call with the text alone, for the decoding loop, and rows that know the prompt as it is read.
 
-        It is the last of the vocabulary, for which KoboldAI's samplers take every soft token.
+        Lengths that the call gives count all of its ids. ``generate`` cannot begin with no text at all: it gets the
+        last of the vocabulary then, for which KoboldAI's samplers take every soft token.
         """
-        if len(args) > 1 or kwargs.get("streamer") is not None:
-            raise UnsupportedCall("generate() without any text takes its settings by name, and no streamer")
-        ids = _ids_of(args, kwargs)
-        changed = {name: value for name, value in kwargs.items() if name not in ("inputs", "attention_mask")}
-        changed["input_ids"] = ids.new_full((len(ids), 1), self._check().num_embeddings - 1, dtype=torch.long)
-        changed["attention_mask"] = torch.ones_like(changed["input_ids"])
-        most = self._setting("max_length", kwargs)
-        if most is not None and self._setting("max_new_tokens", kwargs) is None:
-            changed["max_length"] = most + 1
-        return changed
+        ids, mask = _ids_of(args, kwargs), kwargs.get("attention_mask")
+        if mask is None:
+            pad, ends = self._setting("pad_token_id", kwargs), self._setting("eos_token_id", kwargs)
+            is_told = pad is not None and pad not in (ends if isinstance(ends, (list, tuple)) else [ends])
+            mask = (ids != pad).long() if is_told else torch.ones_like(ids)
+        nothing = self._check().num_embeddings - 1
+        rows, text, mask = rows.reading(ids, mask, self._bos(), inside, nothing)
+        if kwargs.get("streamer") is not None and not bool(((rows.prompt < rows.first) & (mask > 0)).any()):
+            raise UnsupportedCall("generate() without any text takes no streamer")
+        changed = {**kwargs, "attention_mask": mask}
+        if args:
+            args = (text, *args[1:])
+        else:
+            changed["input_ids" if kwargs.get("input_ids") is not None else "inputs"] = text
+        if self._setting("max_new_tokens", kwargs) is None and not self._has_encoder:
+            more = text.shape[1] - ids.shape[1]
+            for name, default in (("max_length", 20), ("min_length", 0)):
+                config = getattr(kwargs.get("generation_config"), name, None)
+                length = kwargs.get(name) or (None if config == default else config)
+                if length is None and more > 0:
+                    length = self._setting(name, kwargs)
+                if length is not None:
+                    changed[name] = length + more
+        return rows, args, changed
 
     def _refuse(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._chosen() is not None:
@@ -287,12 +310,12 @@ class GenerationAdapter:
             for helper in ("assistant_model", "prompt_lookup_num_tokens"):
                 if self._setting(helper, kwargs) is not None:
                     grown[helper] = None
-        if kwargs.get("attention_mask") is not None:
+        if kwargs.get("attention_mask") is not None and rows.prompt is None:
             grown["attention_mask"] = grow_mask(kwargs["attention_mask"], rows.room)
         if kwargs.get("token_type_ids") is not None:
             types = kwargs["token_type_ids"]
             start = start_of_text(grown.get("attention_mask", types))
-            grown["token_type_ids"] = insert_columns(types, types.new_zeros(rows.room), start)
+            grown["token_type_ids"] = insert_columns(types, types.new_zeros(rows.n_tokens), start)
         return grown
 
     def _check_context(self, rows: Rows, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> None:
@@ -401,9 +424,9 @@ class GenerationAdapter:
                 input_ids = self.insert(generation.rows, input_ids, mask)
             return original(input_ids, *args, **kwargs)
         inputs = original(self.insert(generation.rows, input_ids, mask), *args, **kwargs)
-        generation.decoding = not generation.has_read_prompt and self._prefixes.shorten(
-            self._model(), generation.rows, inputs, mask
-        )
+        front = None if generation.has_read_prompt else generation.rows.at_front()
+        is_reused = front is not None and self._prefixes.shorten(self._model(), front, inputs, mask)
+        generation.decoding = is_reused and front is not None and front.is_all
         generation.has_read_prompt = True
         return inputs
 
@@ -421,6 +444,16 @@ class GenerationAdapter:
 def _ids_of(args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
     """The text that ``generate`` is given, under one of the names that it has."""
     return kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+
+
+def _behind(given: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """What was generated, behind the ids that were given; as many rows of it for each of them as there are."""
+    return torch.cat([given.repeat_interleave(len(new) // len(given), dim=0), new.to(given.dtype)], dim=1)
+
+
+def _what_is_read(rows: Rows) -> Read:
+    """What a cache that was filled with these rows holds; nobody can go on with soft prompts inside of a text."""
+    return Read((*rows.softprompts, *rows.inside), rows.room if rows.prompt is None else _UNKNOWN)
 
 
 def _is_empty(cache: Any) -> bool:

@@ -40,10 +40,10 @@ class _Ids:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._next = FIRST_ID
-        self._first_of: "WeakKeyDictionary[SoftPrompt, int]" = WeakKeyDictionary()
-        self._by_first: "WeakValueDictionary[int, SoftPrompt]" = WeakValueDictionary()
+        self._first_of: WeakKeyDictionary[SoftPrompt, int] = WeakKeyDictionary()
+        self._by_first: WeakValueDictionary[int, SoftPrompt] = WeakValueDictionary()
         self._firsts: List[int] = []
-        self._kept: "OrderedDict[int, SoftPrompt]" = OrderedDict()
+        self._kept: OrderedDict[int, SoftPrompt] = OrderedDict()
 
     def first_of(self, softprompt: SoftPrompt) -> int:
         """The first of its ids, which follow each other."""
@@ -116,8 +116,8 @@ def with_softprompts(tokenizer: Any) -> Any:
     """
     if isinstance(tokenizer, _ReadsSoftPrompts):
         return tokenizer
-    mine = copy.copy(tokenizer)
-    object.__setattr__(mine, "__class__", _reading(type(tokenizer)))
+    mine, plain = copy.copy(tokenizer), type(tokenizer)  # type: Any, Any
+    object.__setattr__(mine, "__class__", _reading(plain))
     return mine
 
 
@@ -156,17 +156,19 @@ class _ReadsSoftPrompts:
         return (with_softprompts, (plain,))
 
     def _ids_of(self, text: Union[str, SoftPrompt], special: bool) -> List[int]:
-        parts = list(parts_of(text))
+        parts = parts_of(text)
         front: List[SoftPrompt] = []
-        while parts and isinstance(parts[0], SoftPrompt):
-            front.append(parts.pop(0))
+        for part in parts:
+            if not isinstance(part, SoftPrompt):
+                break
+            front.append(part)
         begin, end, adds_space = self._habits()
         if not special:
             begin, end = [], []
         ids = [each for softprompt in front if softprompt.order is Order.BEFORE_BOS for each in _ids(softprompt)]
         ids += begin
         ids += [each for softprompt in front if softprompt.order is Order.AFTER_BOS for each in _ids(softprompt)]
-        for number, part in enumerate(parts):
+        for number, part in enumerate(parts[len(front) :]):
             if isinstance(part, SoftPrompt):
                 ids += _ids(part)
             else:
@@ -224,7 +226,7 @@ def _ids(softprompt: SoftPrompt) -> range:
 
 
 @functools.lru_cache(maxsize=None)
-def _reading(plain: type) -> type:
+def _reading(plain: Any) -> Any:
     """The class of a tokenizer with soft prompts; it has the plain one's name, which is written when it is saved."""
     return type(plain.__name__, (_ReadsSoftPrompts, plain), {"_plain": plain, "__module__": plain.__module__})
 
