@@ -200,6 +200,8 @@ def _state_of(model: Any) -> Hashable:
     found: List[Hashable] = []
     for module in model.modules():
         own = vars(module)
+        if getattr(own.get("forward"), MOVED, False):
+            raise _NotExact("its positions have been moved")
         found.append(id(module))
         for hook in [*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values()]:
             if not str(getattr(hook, "__module__", "")).startswith("transformers."):
