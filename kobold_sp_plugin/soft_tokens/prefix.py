@@ -40,6 +40,9 @@ _CHANGING_LAYERS = (
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")
 """Rotary embeddings whose first positions look different in a long text than in a short one."""
 
+MOVED = "_kobold_sp_moved"
+"""The attribute of a replaced ``forward`` under which keys and values are others than those that are kept."""
+
 _PROBE_POSITIONS = 8
 _TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4}
 _TOLERANCE = 0.05
