@@ -69,7 +69,9 @@ def test_a_pipeline_writes_what_the_model_writes_with_the_soft_prompt_selected(f
     assert wanted and found.strip() == wanted.strip()
     without = behind(model, (), "The door opened", plain, max_new_tokens=12)
     assert without != wanted
-    assert generator("The door opened", return_full_text=False, **options)[0]["generated_text"].strip() == without.strip()
+    assert (
+        generator("The door opened", return_full_text=False, **options)[0]["generated_text"].strip() == without.strip()
+    )
 
 
 def test_a_pipeline_takes_several_texts_at_once(folder):
