@@ -8,6 +8,7 @@ soft prompts stand in the text itself, tokenizers made by ``with_softprompts`` g
 takes these out before the loop begins.
 """
 
+from .concatenation import concatenated, outside_positions
 from .handle import SoftTokens, attach, attached
 from .text import ModelWithSoftPrompts, TokenizerWithSoftPrompts, with_softprompts
 
@@ -17,5 +18,7 @@ __all__ = [
     "TokenizerWithSoftPrompts",
     "attach",
     "attached",
+    "concatenated",
+    "outside_positions",
     "with_softprompts",
 ]
