@@ -184,7 +184,7 @@ class GenerationAdapter:
             rows, args, kwargs = self._text_of(rows, inside, args, kwargs)
         n_new = self._beyond_cache(rows, args, kwargs)
         kwargs = self._with_room_for(rows, args, kwargs)
-        generation = Generation(rows, self._model_type in READ_ALL, n_new)
+        generation = Generation(rows, self._reads_all, n_new)
         with self._in_generation(generation):
             result = original(*args, **kwargs)
         if not generation.has_read_prompt:
