@@ -111,7 +111,9 @@ class GenerationAdapter:
     ):
         self._model = weakref.ref(model)
         self._has_encoder = has_encoder(model)
-        self._model_type = getattr(model.config, "model_type", None)
+        kind = getattr(model.config, "model_type", None)
+        is_late = hasattr(model, "_prefill") or hasattr(model, "_prefill_chunking")
+        self._reads_all = kind in READ_ALL or (kind in READ_ALL_AT_FIRST and not is_late)
         self._chosen = chosen
         self._check = check
         self._ended = ended
