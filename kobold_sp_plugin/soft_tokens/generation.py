@@ -26,6 +26,8 @@ _READ = "_kobold_sp_read"
 
 READ_ALL = ("cpmant", "xlm-roberta-xl", "xlnet")
 """Models that have to be given all ids at each step: they find by themselves what is new, and where it stands."""
+READ_ALL_AT_FIRST = ("mamba2",)
+"""Those that had to be before 4.57: batches go wrong where the mask is not made as long as the ids."""
 
 
 def _cuts_relatively() -> bool:
