@@ -292,7 +292,11 @@ class GenerationAdapter:
     def _refuse(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._chosen() is not None:
             raise UnsupportedCall("continuous batching takes no soft prompts; use generate(), or clear the selection")
-        return original(*args, **kwargs)
+        result = original(*args, **kwargs)
+        if hasattr(result, "add_request") and "add_request" not in vars(result):
+            # A manager may outlive this moment: what it is asked for while something is selected is refused too.
+            patch(result, "add_request", self._refuse)
+        return result
 
     def _with_room_for(self, rows: Rows, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Dict[str, Any]:
         """``kwargs`` with what the caller says per position widened by the soft tokens' positions."""
