@@ -68,13 +68,15 @@ def test_a_tag_is_free_again_when_nobody_has_its_soft_prompt():
     assert str(softprompt(14, name="gone") + "") == "<softprompt:gone>"
 
 
-@pytest.mark.parametrize("name", ["", "a>b", "<i>", "50% #1", "two\nlines", "\x00", "été 夜", "n" * 1000])
+@pytest.mark.parametrize(
+    "name", ["", "a>b", "<i>", "50% #1", "two\nlines", "\x00", "\u202egnp", "\ud800", "été 夜", "n" * 1000]
+)
 def test_every_name_prints_as_one_tag_on_one_line(name):
     sp = softprompt(15, name=name)
     printed = str("a " + sp + " b")
     assert printed.startswith("a <softprompt:") and printed.endswith("> b")
     assert printed.count("<") == printed.count(">") == 1 and printed.isprintable() and len(printed) < 400
-    if 0 < len(name) < 80:
+    if 0 < len(name) < 80 and name != "\ud800":
         assert read_tags(printed, {name: sp}).softprompts == (sp,)
 
 
@@ -99,22 +101,16 @@ def test_tags_from_outside_are_read_by_name():
 def test_an_unknown_name_is_refused():
     with pytest.raises(UnknownSoftPrompt, match="no soft prompt named 'tide'; there are: ice, sea"):
         read_tags("<softprompt:sea> <softprompt:tide>", {"sea": SEA, "ice": ICE})
-    with pytest.raises(UnknownSoftPrompt, match="no soft prompt named '../../etc/passwd'"):
+    with pytest.raises(UnknownSoftPrompt, match=r"no soft prompt named '\.\./\.\./etc/passwd'"):
         read_tags("<softprompt:../../etc/passwd>", lambda name: None)
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "",
-        "Once",
-        "<softprompt:>",
-        "<softprompt:sea",
-        "< softprompt:sea>",
-        "<softprompt:se\na>",
-        "&lt;softprompt:sea&gt;",
-    ]
-    + ["<SOFTPROMPT:sea>", "<softprompt sea>", "<softprompt:" + "a" * 301 + ">"],
+        *("", "Once", "<softprompt:>", "<softprompt:sea", "< softprompt:sea>", "<softprompt:se\na>"),
+        *("&lt;softprompt:sea&gt;", "<SOFTPROMPT:sea>", "<softprompt sea>", "<softprompt:" + "a" * 301 + ">"),
+    ],
 )
 def test_what_only_looks_like_a_tag_is_text(text):
     assert read_tags(text, {}) is text
@@ -135,7 +131,7 @@ def test_reading_is_safe_on_any_text(pieces):
         found = read_tags(text, {"sea": SEA})
     except UnknownSoftPrompt:
         return
-    assert "".join("<softprompt:sea>" if part is SEA else part for part in parts_of(found)) == text
+    assert "".join("<softprompt:sea>" if part == SEA else part for part in parts_of(found)) == text
 
 
 def test_a_catalogue_is_asked_by_file_name_or_name(tmp_path):
