@@ -134,6 +134,7 @@ class GenerationAdapter:
         """Put back what was there."""
         for _, each in reversed(self.patches):
             each.undo()
+        self._prefixes = Prefixes()
 
     def rows_now(self) -> Optional[Rows]:
         """Whose rows the forward pass that is beginning in this thread reads; None where it has text only."""
