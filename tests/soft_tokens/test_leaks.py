@@ -103,3 +103,13 @@ def test_threads_that_end_leave_nothing(model):
     gc.collect()
     assert counts()[1] == 0
     assert handle._adapter.running == 0
+
+
+def test_a_detached_handle_keeps_no_prefixes(model):
+    before = counts()[0]
+    handle = attach(model)
+    handle.select(softprompt(width=model.get_input_embeddings().embedding_dim))
+    generate(model)
+    handle.detach()
+    gc.collect()
+    assert counts() == (before, 0)
