@@ -149,7 +149,10 @@ def peft(model, dataset, steps, folder, after_step):
         report_to="none",
         disable_tqdm=True,
     )
-    InOrder(model=tuned, args=arguments, train_dataset=texts, callbacks=[Turns()]).train()
+    trainer = InOrder(model=tuned, args=arguments, train_dataset=texts, callbacks=[Turns()])
+    # Trainer counts a text's tokens but for its first, which PEFT's rows do predict: the model's own mean is over all.
+    trainer.model_accepts_loss_kwargs = False
+    trainer.train()
 
 
 def in_order(dataset, told):

@@ -6,23 +6,21 @@ import os
 import tempfile
 import time
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Union
 
 import numpy as np
 import torch
-import torch.utils.checkpoint
 import transformers
 
 from .. import __version__
 from ..compatibility import fingerprint
 from ..errors import Diverged, NoData, NotEnoughMemory
-from ..patching import patch
 from ..softprompt import OWN_KEY, Order, SoftPrompt
 from . import checkpoint
 from .checkpoint import Checkpoint
 from .dataset import IGNORED, Batch, Dataset
+from .frozen import frozen
 from .initial import initial_rows
 from .loss import cross_entropy, head_of
 from .settings import Settings
@@ -115,7 +113,7 @@ class Training:
         self.resumed_at: Optional[int] = None
         """The step of the checkpoint that this goes on from."""
         self._mid_step = False
-        self._restore = _frozen(model, settings.checkpoint_layers)
+        self._restore = frozen(model, settings.checkpoint_layers)
         try:
             probe = torch.as_tensor(self.dataset.batch(self._pieces[:1]).ids[:, :64], device=_device_of(model))
             self._parts = head_of(model, probe)
@@ -418,42 +416,6 @@ def _optimizer(parameters: Sequence[torch.nn.Parameter], settings: Settings) -> 
         options = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
         return Adafactor(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, **options)
     return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-
-
-def _frozen(model: Any, checkpoint_layers: bool) -> Callable[[], None]:
-    """Freeze ``model``, in place and in evaluation mode; returns what takes that back."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    modes = [module for module in model.modules() if module.training]
-    for parameter in learning:
-        parameter.requires_grad_(False)
-    model.eval()
-    hooks = [patch(layer, "forward", _recomputed) for layer in _layers(model)] if checkpoint_layers else []
-
-    def restore() -> None:
-        for hook in hooks:
-            hook.undo()
-        for parameter in learning:
-            parameter.requires_grad_(True)
-        for module in modes:
-            module.training = True
-
-    return restore
-
-
-def _layers(model: Any) -> Sequence[Any]:
-    """The model's layers: the longest list of modules of one class."""
-    lists = [list(each) for each in model.modules() if isinstance(each, torch.nn.ModuleList)]
-    return max((each for each in lists if len({type(layer) for layer in each}) == 1), key=len, default=[])
-
-
-def _recomputed(original: Any, *args: Any, **kwargs: Any) -> Any:
-    """A layer that keeps nothing for the backward pass but its input.
-
-    The models' own gradient checkpointing is off in evaluation mode, and training mode would bring dropout.
-    """
-    if not torch.is_grad_enabled():
-        return original(*args, **kwargs)
-    return torch.utils.checkpoint.checkpoint(partial(original, **kwargs), *args, use_reentrant=False)
 
 
 def _device_of(model: Any) -> torch.device:
