@@ -69,16 +69,26 @@ def train(as_lines: bool, **given: Any) -> None:
 
     Exit status 1: the soft prompt does not help with texts that were held out, or training was interrupted.
 
+    On several GPUs, or with several processes on one machine: `accelerate launch -m kobold_sp_plugin.cli train ...`.
+
     \b
     Example:
       kobold-sp train --data ./texts --name Noir --model ./my-model
     """
-    with _Lines() if as_lines else _Shown() as shown:
-        try:
+    from ..training import processes
+
+    processes.join()
+    try:
+        with (_Lines() if as_lines else _Shown()) if processes.is_first() else _Silent() as shown:
             _train(shown, **given)
-        except WrongUse as error:
-            shown.failed(error.message)
-            raise
+    except WrongUse as error:
+        if not processes.is_first():
+            sys.exit(error.exit_code)  # the first one says it
+        if as_lines:
+            click.echo(json.dumps({"event": "error", "message": error.message}))
+        raise
+    finally:
+        processes.leave()
 
 
 def _train(
@@ -212,9 +222,6 @@ class _Shown:
         self._close_bar()
         _tell(f"Interrupted at step {self.step}; saved. The same command goes on from there.")
 
-    def failed(self, message: str) -> None:
-        """Nothing: the command line says it."""
-
     def done(self, made: Any, as_json: bool) -> None:
         """Print the answer, on standard output."""
         self._close_bar()
@@ -253,14 +260,18 @@ class _Lines(_Shown):
     def interrupted(self) -> None:
         self._say("interrupted", step=self.step)
 
-    def failed(self, message: str) -> None:
-        self._say("error", message=message)
-
     def done(self, made: Any, as_json: bool) -> None:
         self._say("done", sentence=made.result.sentence, **_answer(made, self.resumed_at))
 
     def _say(self, event: str, **facts: Any) -> None:
-        click.echo(json.dumps({"event": event, **facts}))  # which flushes
+        click.echo(json.dumps({"event": event, **facts}))
+
+
+class _Silent(_Lines):
+    """Nothing, of all processes but the first."""
+
+    def _say(self, event: str, **facts: Any) -> None:
+        pass
 
 
 def _answer(made: Any, resumed_at: Optional[int]) -> Dict[str, Any]:
@@ -273,13 +284,18 @@ def _answer(made: Any, resumed_at: Optional[int]) -> Dict[str, Any]:
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
     """Ctrl-C, or a request to end, lets the step end first; a second one does not wait. Yields what tells."""
+    from ..training import processes
+
     stopped = threading.Event()
 
     def stop(number: int, frame: Any) -> None:
         if stopped.is_set():
+            if processes.count() > 1:
+                return  # what starts several processes tells each of them twice
             raise KeyboardInterrupt
         stopped.set()
-        _tell("Ending after this step ...")
+        if processes.is_first():
+            _tell("Ending after this step ...")
 
     if threading.current_thread() is not threading.main_thread():
         yield stopped.is_set

@@ -458,32 +458,26 @@ class TestTraining:
         """One page's socket, in the room of the new page: ``ask`` and ``hears``."""
         return TrainingPage(host)
 
-    def test_it_ends_in_the_menu_and_can_be_cancelled_and_gone_on_with(self, host, page, place, texts):
-        words = "door rain clock wall word stopped opened came".split()
-        written = [
-            f"The {a} {b} and the {c} {d}; nobody said a {a}."
-            for a in words
-            for b in words
-            for c in words
-            for d in words
-        ]
+    @pytest.fixture
+    def form(self, place):
+        """What the page sends, on a folder of texts."""
+        words = ["door", "rain", "clock", "wall", "word", "stopped", "opened"]
+        written = [f"The {a} {b} and the {c}; nobody said a {a}." for a in words for b in words for c in words]
         (place / "texts").mkdir()
-        (place / "texts" / "a.txt").write_text("<|endoftext|>".join(written[::2]), encoding="utf-8")
+        (place / "texts" / "a.txt").write_text("<|endoftext|>".join(written), encoding="utf-8")
         form = {"sp_title": "Rain <b>", "sp_prompt": "@The door opened", "sp_dataset": "texts"}
-        page.ask({**form, "sp_author": "Ada", "sp_description": "Wet."})
+        return {**form, "sp_author": "Ada", "sp_description": "Wet."}
+
+    @pytest.mark.timeout(180)  # another Python starts, and imports all that training needs
+    def test_it_ends_in_the_menu(self, host, page, place, texts, form):
+        page.ask(form)
         assert page.hears("running")["name"] == "Rain <b>"
-        page.hears("running", lambda status: status.get("step", 0) >= 1 and "loss" in status)
         assert host.text() == texts[""], "the host's model goes on serving"
         page.ask(form)
         assert "only one at a time" in page.notice()
-        anew = TrainingPage(host)
-        assert anew.told()["state"] == "running" and anew.told()["steps"] > 50, "a page that is loaded anew is told"
-        page.emit("softprompt_training_cancel")
-        assert "Saved at step" in page.hears("cancelled")["message"]
-        assert not list(place.glob("softprompts/Rain*"))
-        page.ask({**form, "sp_author": "Ada", "sp_description": "Wet."})
-        page.hears("running", lambda status: "Going on from step" in status["message"])
-        assert "helps" in page.hears("done", seconds=50)["message"]
+        assert TrainingPage(host).told()["state"] == "running", "a page that is loaded anew is told"
+        assert "helps" in page.hears("done", seconds=120)["message"]
+        assert page.told()["step"] == page.told()["steps"] > 5 and page.told()["held_out"] < 6
         entry = next(each for each in host.session.status()["entries"] if each["name"] == "Rain <b>")
         assert (entry["author"], entry["description"], entry["usable"]) == ("Ada", "Wet.", True)
         assert "fingerprint matches" in entry["reason"]
@@ -493,6 +487,20 @@ class TestTraining:
         assert (place / "training" / "Rain -b" / "report.html").is_file()
         host["spRequest"](entry["filename"])
         assert host.text() != texts[""]
+
+    @pytest.mark.timeout(180)
+    def test_it_can_be_cancelled_and_gone_on_with(self, host, page, place, form):
+        file = place / "texts" / "a.txt"
+        file.write_text("<|endoftext|>".join([file.read_text(encoding="utf-8")] * 12), encoding="utf-8")
+        page.ask(form)
+        page.hears("running", lambda status: status.get("step", 0) >= 1 and "loss" in status, seconds=120)
+        page.emit("softprompt_training_cancel")
+        assert "Saved at step" in page.hears("cancelled", seconds=60)["message"]
+        assert not list(place.glob("softprompts/Rain*"))
+        page.ask(form)
+        page.hears("running", lambda status: "Going on from step" in status["message"], seconds=120)
+        page.emit("softprompt_training_cancel")
+        page.hears("cancelled", seconds=60)
 
     @pytest.mark.parametrize(
         "form, reason",
@@ -504,9 +512,10 @@ class TestTraining:
         ],
         ids=["title", "dataset", "no form", "no folder"],
     )
+    @pytest.mark.timeout(120)
     def test_what_is_wrong_is_said_in_the_page(self, host, page, form, reason):
         page.ask(form)
-        assert reason in page.hears("failed", seconds=50)["message"]
+        assert reason in page.hears("failed", seconds=100)["message"]
 
     def test_without_a_model_that_learns_it_says_why(self, host, page):
         host.load("KoboldCPP", None)
