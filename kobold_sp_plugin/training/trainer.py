@@ -17,7 +17,7 @@ from .. import __version__
 from ..compatibility import fingerprint
 from ..errors import Diverged, NoData, NotEnoughMemory
 from ..softprompt import OWN_KEY, Order, SoftPrompt
-from . import checkpoint
+from . import checkpoint, processes
 from .checkpoint import Checkpoint
 from .dataset import IGNORED, Batch, Dataset
 from .frozen import frozen
@@ -96,18 +96,7 @@ class Training:
         self.folder = folder
         self._model = model
         newline = "</s>" if getattr(model.config, "model_type", "") == "xglm" else "\n"
-        self.dataset = (
-            data
-            if isinstance(data, Dataset)
-            else Dataset.write(
-                _passages(data, tokenizer),
-                tokenizer,
-                folder,
-                settings.block,
-                newline,
-                _source(data, tokenizer, settings),
-            )
-        )
+        self.dataset = data if isinstance(data, Dataset) else _written(data, tokenizer, settings, folder, newline)
         self._pieces, self._held = self.dataset.split(settings.held_out, settings.seed)
         self._start = len(self.dataset.prefix) if settings.order is Order.AFTER_BOS else 0
         self.resumed_at: Optional[int] = None
@@ -128,6 +117,9 @@ class Training:
                 "initial rows": _digest(rows),
             }
             del self._about["save_every"]  # changes no rows
+            self._passes = settings.accumulate * processes.count()
+            """Batches of one step, of all processes."""
+            self._about["accumulate"] = self._passes  # two processes go on where one with twice as many stopped
             found = checkpoint.load(folder, self._about)
             # What was found by trial stays: another machine, or a fuller one, would find another number.
             self.batch_tokens = found.batch_tokens if found else settings.batch_tokens or self._found_batch_tokens()
@@ -166,10 +158,11 @@ class Training:
             self.history.append({"step": 0, "held_out": float(self.best_loss or 0), "without": without})
         begun, done, tokens = time.monotonic(), self._step, 0
         saved = begun
-        batches = self._batches(self._step * self.settings.accumulate)
+        batches = self._batches(self._step * self._passes)
         try:
             while self._step < self.steps and not self._has_given_up():
-                loss, count = self._one_step([next(batches) for _ in range(self.settings.accumulate)])
+                mine = [next(batches) for _ in range(self._passes)][processes.number() :: processes.count()]
+                loss, count = self._one_step(mine)
                 tokens += count
                 self._step += 1
                 entry: Dict[str, float] = {"step": self._step, "loss": loss}
@@ -193,14 +186,18 @@ class Training:
         """Nats per learned token of what is held out, with the rows as they are, or without any."""
         total, count = 0.0, 0
         with torch.no_grad():
-            for pieces in self.dataset.batches(self._held, self.batch_tokens, self.settings.n_tokens, "held out"):
+            batches = list(self.dataset.batches(self._held, self.batch_tokens, self.settings.n_tokens, "held out"))
+            for pieces in batches[processes.number() :: processes.count()]:
                 loss, learned = self._loss(self.dataset.batch(pieces), with_rows)
                 total += float(loss)
                 count += learned
-        return total / max(1, count)
+        total, learned_of_all = processes.sums((total, count), _device_of(self._model))
+        return total / max(1, learned_of_all)
 
     def save(self) -> None:
-        """Write the checkpoint."""
+        """Write the checkpoint; of several processes the first does."""
+        if not processes.is_first():
+            return
         states = self._optimizer.state_dict()["state"]
         now = Checkpoint(
             about=self._about,
@@ -224,6 +221,7 @@ class Training:
             "documents": self.dataset.n_documents,
             "tokens": self.dataset.n_tokens,
             "steps": self._step,
+            "processes": processes.count(),
             "mixture": self.rows.weights,
             "settings": self.settings.as_json(),
             "loss": self.history[-1].get("loss") if self.history else None,
@@ -250,14 +248,16 @@ class Training:
         for group in self._optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * share_of_rate(self._step, self.steps, self.settings)
         self._optimizer.zero_grad(set_to_none=True)
-        total, count = 0.0, 0
+        total, count = 0.0, 0.0
         for pieces in batches:
             loss, learned = self._loss(self.dataset.batch(pieces))
             loss.backward()
             total += float(loss.detach())
             count += learned
-        # Here, in float32, and not before: divided among all tokens, the gradients of a model in float16 would vanish.
         gradients = [each.grad for each in self._learning if each.grad is not None]
+        processes.add(gradients)
+        total, count = processes.sums((total, count), _device_of(self._model))
+        # Here, in float32, and not before: divided among all tokens, the gradients of a model in float16 would vanish.
         for gradient in gradients:
             gradient.div_(max(1, count))
         norm = math.hypot(*(float(torch.linalg.vector_norm(gradient)) for gradient in gradients))
@@ -271,7 +271,7 @@ class Training:
                 gradient.mul_(self.settings.clip / norm)
         self._mid_step = True
         self._optimizer.step()
-        return total / max(1, count), count
+        return total / max(1, count), int(count)
 
     def _loss(self, batch: Batch, with_rows: bool = True) -> "tuple[torch.Tensor, int]":
         """The loss in nats, summed over the learned tokens, and how many there are.
@@ -312,7 +312,7 @@ class Training:
 
     def _default_steps(self) -> int:
         per_epoch = len(list(self._epoch(0)))
-        wanted = math.ceil(self.settings.epochs * per_epoch / self.settings.accumulate)
+        wanted = math.ceil(self.settings.epochs * per_epoch / self._passes)
         return max(1, min(wanted, self.settings.most_steps))
 
     def _epoch(self, number: int) -> Iterator[Sequence[int]]:
@@ -352,7 +352,7 @@ class Training:
                 f"Not even one text of {row} tokens fits the memory of {_device_of(self._model)}. Try a smaller "
                 "--block, --checkpoint-layers, or a smaller or more coarsely quantised model."
             )
-        return fitting * row
+        return processes.least(fitting * row, _device_of(self._model))
 
     def _has_given_up(self) -> bool:
         return bool(self.settings.patience) and self._looks_since_best >= self.settings.patience
@@ -384,6 +384,19 @@ def share_of_rate(step: int, steps: int, settings: Settings) -> float:
         return (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)
     return settings.final + (1 - settings.final) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _written(data: Data, tokenizer: Any, settings: Settings, folder: Path, newline: str) -> Dataset:
+    """``data`` as tokens in ``folder``; of several processes that share it the first writes."""
+    if not processes.is_first():
+        processes.wait()
+        if (folder / "tokens.json").is_file():
+            return Dataset(folder)
+    source = _source(data, tokenizer, settings)
+    dataset = Dataset.write(_passages(data, tokenizer), tokenizer, folder, settings.block, newline, source)
+    if processes.is_first():
+        processes.wait()
+    return dataset
 
 
 def _passages(data: Data, tokenizer: Any) -> Iterable[Passage]:
