@@ -200,8 +200,7 @@ def compare(shape, threads, steps):
     """What both sides told of each step, their first line (before any) left out."""
     processes = {
         side: subprocess.Popen(
-            [sys.executable, __file__, "--worker", side, "--shapes", shape, "--threads", str(threads)]
-            + ["--steps", str(steps)],
+            [sys.executable, __file__, "--worker", side, "--shapes", shape, f"--threads={threads}", f"--steps={steps}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"},
