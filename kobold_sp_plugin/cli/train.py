@@ -12,6 +12,7 @@ from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple
 
 import click
 
+from ..softprompt import Order
 from .common import WrongUse, line
 
 _LINE_SECONDS = 10.0
@@ -28,10 +29,17 @@ _LINE_SECONDS = 10.0
     type=click.Path(path_type=Path),
     help="The zip. [default: ./softprompts/NAME.zip; a number is added to a name that is taken]",
 )
-@click.option("--steps", type=int, help="Optimizer steps. [default: three times over the data, at most 2000]")
+@click.option("--epochs", type=float, help="How often it goes over the data. [default: 3, and at most 2000 steps]")
+@click.option("--steps", type=int, help="Optimizer steps, instead of --epochs.")
 @click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same rows.")
 @click.option("--tokens", type=int, help="Rows of the soft prompt. [default: 20, or those of --from]")
 @click.option("--learning-rate", type=float, help="In units of the embedding's root mean square. [default: 0.3]")
+@click.option("--optimizer", type=click.Choice(["adamw", "adafactor"]), help="[default: adamw]")
+@click.option(
+    "--order",
+    type=click.Choice([str(each.value) for each in Order]),
+    help="Where its rows stand, also when it is served. [default: before_bos, as in KoboldAI, or that of --from]",
+)
 @click.option(
     "--initial-text", metavar="TEXT", default="", help="What the rows begin as, or @FILE. [default: words of the data]"
 )
@@ -101,6 +109,8 @@ def _train(
     initial_text: str,
     start_from: Tuple[Path, ...],
     block: Optional[int],
+    epochs: Optional[float],
+    order: Optional[str],
     precision: str,
     author: str,
     description: str,
@@ -129,7 +139,9 @@ def _train(
                 n_tokens=n_tokens,
                 initial_text=_text(initial_text),
                 block=block or max(8, min(256, (context or 10**6) - n_tokens)),
-                order=start_settings.get("order"),
+                order=Order(order) if order else start_settings.get("order"),
+                epochs=epochs,
+                most_steps=10**7 if epochs else None,  # which were asked for
                 **settings,
             ),
             precision=precision,

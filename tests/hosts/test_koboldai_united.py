@@ -454,8 +454,9 @@ class TestTraining:
     """The page's own "Create New Soft Prompt", which the host itself cannot serve."""
 
     @pytest.fixture
-    def page(self, host):
+    def page(self, host, monkeypatch):
         """One page's socket, in the room of the new page: ``ask`` and ``hears``."""
+        monkeypatch.setattr("kobold_sp_plugin.hosts.koboldai.training._NICENESS", 0)
         return TrainingPage(host)
 
     @pytest.fixture

@@ -3,7 +3,7 @@ document.addEventListener("DOMContentLoaded", function () {
 	if (!window.socket) return;
 	const panel = document.createElement("div");
 	panel.id = "softprompt-training";
-	panel.style.cssText = "display:none;position:fixed;right:16px;bottom:16px;width:360px;max-width:calc(100vw - 32px);" +
+	panel.style.cssText = "display:none;position:fixed;right:16px;top:64px;width:360px;max-width:calc(100vw - 32px);" +
 		"z-index:9999;padding:12px 14px;border-radius:5px;font-size:14px;line-height:1.4;overflow-wrap:anywhere;" +
 		"background:var(--popup_background_color,#303030);color:var(--popup_item_color_text,#fff);" +
 		"box-shadow:0 2px 14px rgba(0,0,0,.6)";
