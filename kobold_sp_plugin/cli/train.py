@@ -12,7 +12,6 @@ from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple
 
 import click
 
-from ..softprompt import Order
 from .common import WrongUse, line
 
 _LINE_SECONDS = 10.0
@@ -37,7 +36,7 @@ _LINE_SECONDS = 10.0
 @click.option("--optimizer", type=click.Choice(["adamw", "adafactor"]), help="[default: adamw]")
 @click.option(
     "--order",
-    type=click.Choice([str(each.value) for each in Order]),
+    type=click.Choice(["before_bos", "after_bos"]),
     help="Where its rows stand, also when it is served. [default: before_bos, as in KoboldAI, or that of --from]",
 )
 @click.option(
@@ -120,6 +119,7 @@ def _train(
 ) -> None:
     from ..demonstration import MODEL
     from ..errors import SoftPromptError, TrainingError
+    from ..softprompt import Order
     from ..training.making import make
     from ..training.places import filename, places
     from ..training.preflight import Plan, facts_of, look

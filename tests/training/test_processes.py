@@ -1,5 +1,6 @@
 """Several processes that train together, started as a user starts them; on a CPU, over gloo."""
 
+import contextlib
 import json
 import os
 import signal
@@ -74,18 +75,16 @@ def test_two_processes_make_the_rows_of_one_also_when_they_are_interrupted(tmp_p
     alone = train(tiny_model(FAMILY), tiny_tokenizer(), TEXTS, settings).rows
     code = WORKER.format(tests=str(Path(__file__).resolve().parents[1]), texts=TEXTS)
     together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            cwd=tmp_path,
-            env={**ENVIRONMENT, **together, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]
-    for worker in workers:
-        _, err = worker.communicate(timeout=100)
-        assert worker.returncode == 0, err.decode(errors="replace")[-3000:]
+    with contextlib.ExitStack() as stack:
+        workers = []
+        for rank in range(2):
+            own = {**ENVIRONMENT, **together, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            worker = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=own, stderr=subprocess.PIPE)
+            workers.append(stack.enter_context(worker))
+            stack.callback(worker.kill)
+        for worker in workers:
+            _, err = worker.communicate(timeout=200)
+            assert worker.returncode == 0, err.decode(errors="replace")[-3000:]
     assert np.allclose(np.load(tmp_path / "rows.npy"), alone, atol=1e-5)
 
 

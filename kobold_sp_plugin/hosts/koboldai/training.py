@@ -58,6 +58,11 @@ class Trainings:
         "loss", "held_out", "seconds_left", "message", as far as they are known."""
         self._process: Optional[subprocess.Popen[bytes]] = None
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it has not said how it ended."""
+        return self.status["state"] in ("running", "stopping")
+
     def start(self, name: str, command: Callable[[Path], Sequence[str]]) -> Callable[[Callable[[float], Any]], None]:
         """Start the process; what is returned follows it to its end, with a ``sleep``, in a task of the host's.
 
@@ -100,7 +105,8 @@ class Trainings:
                     if whole:
                         for line in whole:
                             self._hear(json.loads(line.decode("utf-8")))
-                        self._tell(self.status)
+                        if self.is_running:  # how it ended is told when it has: then another may begin
+                            self._tell(self.status)
                     if not has_ended:
                         sleep(_LOOK_SECONDS)
                 self._end((place / "log").read_text(encoding="utf-8", errors="replace"))

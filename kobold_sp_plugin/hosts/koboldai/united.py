@@ -433,7 +433,7 @@ class United(Attachment):
             )
         except SoftPromptError as error:
             told = {"state": "failed", "name": name, "message": str(error)}
-            if self.trainings.status["state"] in ("running", "stopping"):  # whose progress stays shown
+            if self.trainings.is_running:  # whose progress stays shown
                 self._socketio.emit("show_error_notification", {"title": "Not trained", "text": str(error)}, to=client)
             else:
                 self._socketio.emit("softprompt_training", told, to=client)
