@@ -30,7 +30,12 @@ from .trainable import TrainableRows
 Data = Union[Dataset, str, "os.PathLike[str]", Iterable[str]]
 """A file or folder, texts, or a data set that is tokenised already."""
 
-_CPU_BATCH_TOKENS = 2048
+_BATCH_TOKENS = {"cpu": 1024, "other": 8192}
+"""Of a batch that nobody has set, at most. On a GPU more tokens take hardly longer until about there."""
+_ENOUGH_STEPS = 200
+"""Of little data batches are smaller, down to 512 tokens, until there are as many steps as this: many small steps are
+better than few large ones (noir stories, three times over 40,000 tokens, in the same time: 63 steps end at a held-out
+loss of 0.607, 132 at 0.599, 294 at 0.596)."""
 _SAVE_SECONDS = 60.0
 """A checkpoint at least this often; more often where ``save_every`` steps take less."""
 
@@ -331,13 +336,16 @@ class Training:
             number += 1
 
     def _found_batch_tokens(self) -> int:
-        """As many tokens as fit the device's memory, found by trial; on a CPU a number that is quick everywhere."""
-        if _device_of(self._model).type == "cpu":
-            return _CPU_BATCH_TOKENS
+        """As many tokens as are good for a step; on a GPU no more than fit its memory, found by trial."""
+        device = _device_of(self._model).type
+        enough = int(self.settings.epochs * self.dataset.n_tokens / _ENOUGH_STEPS)
+        most = min(_BATCH_TOKENS.get(device, _BATCH_TOKENS["other"]), max(512, enough))
+        if device == "cpu":
+            return most
         longest = max(self._pieces, key=self.dataset.length)
         row = self.dataset.length(longest) + self.settings.n_tokens
         fitting, count = 0, 1
-        while count * row <= 2**17:
+        while count == 1 or count * row <= most:
             try:
                 loss, _ = self._loss(self.dataset.batch([longest] * count))
                 loss.backward()
