@@ -238,7 +238,7 @@ def build_softprompts(model_folder: Path, softprompts: Path, seed: int) -> None:
     """Write a soft prompt for each genre, trained for the model in the folder: what is shipped is its float16."""
     model = LlamaForCausalLM.from_pretrained(str(model_folder), torch_dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(str(model_folder))
-    settings = Settings(seed=seed)
+    settings = Settings(block=CONTEXT // 2, seed=seed)  # most stories are read whole, as they are written
     softprompts.mkdir(parents=True, exist_ok=True)
     for genre in GENRES:
         started = time.time()
