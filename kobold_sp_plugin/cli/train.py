@@ -61,6 +61,7 @@ _LINE_SECONDS = 10.0
     type=click.Choice(["auto", "float32", "bfloat16", "float16", "8bit", "4bit"]),
     help="What the model is loaded in; the soft prompt is trained in float32 anyway.",
 )
+@click.option("--sharded", is_flag=True, help="Spread a model that is too large for one GPU over all, and memory.")
 @click.option("--author", default="", help="For the menu, as are the next two.")
 @click.option("--description", default="")
 @click.option("--supported", default="", help="The models it is for, separated by commas. [default: the model's name]")
@@ -111,6 +112,7 @@ def _train(
     epochs: Optional[float],
     order: Optional[str],
     precision: str,
+    sharded: bool,
     author: str,
     description: str,
     supported: str,
@@ -146,6 +148,7 @@ def _train(
             ),
             precision=precision,
             start_from=start_from,
+            sharded=sharded,
         )
     except TrainingError as error:
         raise WrongUse(line(str(error))) from error

@@ -51,7 +51,7 @@ def make(
         if os.path.lexists(output):
             raise AlreadyRunning(f"{output} is there since a moment ago. Start again for another version.")
         start = [SoftPrompt.load(path) for path in plan.start_from] or None
-        model, tokenizer, name = load_model(plan.model, plan.precision)
+        model, tokenizer, name = load_model(plan.model, plan.precision, plan.sharded)
         training = Training(model, tokenizer, plan.data, plan.settings, work, start)
         try:
             on_begun(training)

@@ -581,10 +581,10 @@ class TestNewPage:
 class TestTrainingPage:
     def test_the_form_trains_and_the_soft_prompt_is_in_the_list(self, make_host, open_page):
         words = ["door", "rain", "clock", "wall", "word", "street", "night"]
-        texts = [f"The {a} and the {b} were gone, and {c} was all." for a in words for b in words for c in words]
+        texts = [f"The {a} and the {b} were gone, and {c} was all." for a in words for b in words for c in words[:3]]
         with make_host(name="training") as host:
             (host.place / "my texts").mkdir()
-            (host.place / "my texts" / "a.txt").write_text("<|endoftext|>".join(texts * 3), encoding="utf-8")
+            (host.place / "my texts" / "a.txt").write_text("<|endoftext|>".join(texts), encoding="utf-8")
             page = open_page(host)
 
             def fill(**form):
