@@ -81,7 +81,7 @@ class Trainings:
                 self._process = subprocess.Popen(
                     [sys.executable, "-m", "kobold_sp_plugin.cli", *given],
                     cwd=place,
-                    env={**os.environ, "PYTHONPATH": _import_path(), "PYTHONIOENCODING": "utf-8"},
+                    env=_environment(),
                     stdin=subprocess.DEVNULL,
                     stdout=lines,
                     stderr=log,
@@ -155,7 +155,10 @@ class Trainings:
         self._tell(self.status)
 
 
-def _import_path() -> str:
-    """For the process: where this package is, so that it is the same one, and what the host had."""
-    package = str(Path(__file__).resolve().parents[3])
-    return os.pathsep.join([package, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
+def _environment() -> Dict[str, str]:
+    """For the process: the host's, and where this package is, if it is not where every Python looks."""
+    found = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    folder = Path(__file__).resolve().parents[3]
+    if folder.name not in ("site-packages", "dist-packages"):  # which would go before the standard library
+        found["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+    return found
