@@ -185,7 +185,8 @@ def worker(side, shape, threads, steps):
             before = psutil.Process().memory_info().rss
         told = {"loss": loss, "cpu": took[0], "wall": took[1], "peak": peak, "before": before}
         os.write(out, json.dumps(told).encode() + b"\n")
-        sys.stdin.readline()
+        if not sys.stdin.readline():
+            sys.exit("the other side of the pipe is gone")
         began[:] = time.process_time(), time.perf_counter()
 
     with tempfile.TemporaryDirectory() as folder:

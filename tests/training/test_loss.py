@@ -54,7 +54,7 @@ def test_a_batch_in_which_nothing_is_learned_has_no_loss():
     hidden = torch.zeros(0, 8, dtype=torch.float64, requires_grad=True)
     loss = cross_entropy(made(), hidden, torch.zeros(0, dtype=torch.long))
     loss.backward()
-    assert float(loss) == 0.0 and hidden.grad.shape == (0, 8)
+    assert loss.item() == 0.0 and hidden.grad.shape == (0, 8)
 
 
 def test_the_gradient_from_above_counts():
