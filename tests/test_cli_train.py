@@ -86,6 +86,29 @@ class TestTrain:
         assert about["settings"]["n_tokens"] == 4 and len(about["data_sha256"]) == 64
         assert set(about["versions"]) == {"kobold_sp_plugin", "torch", "transformers"}
 
+    def test_a_program_reads_a_line_for_each_thing_that_happens(self, here, model_folder):
+        answer = train(model_folder, "--json-lines", steps=3)
+        lines = [json.loads(line) for line in answer.stdout.splitlines()]
+        assert [line["event"] for line in lines] == ["begun", "step", "step", "step", "done"]
+        assert lines[1]["step"] == 1 and lines[1]["seconds_left"] >= 0 and lines[0]["documents"] == len(TEXTS)
+        assert lines[-1]["softprompt"].endswith("Rain.zip") and lines[-1]["sentence"]
+        answer = run("train", "--data", "absent", "--name", "Rain", "--json-lines")
+        assert answer.exit_code == 2
+        told = json.loads(answer.stdout)
+        assert told["event"] == "error" and "There is no file or folder absent" in told["message"]
+
+    def test_epochs_order_and_optimizer_are_taken_and_told(self, here, model_folder):
+        steps = []
+        for epochs in (1, 4):
+            arguments = ("--data", "texts", "--name", "Rain", "--model", model_folder, *QUICK, "--epochs", epochs)
+            answer = run("train", *arguments, "--order", "after_bos", "--optimizer", "adafactor", "--json")
+            assert answer.exit_code in (0, 1), answer.output
+            steps.append(json.loads(answer.stdout))
+        assert steps[1]["steps"] == 4 * steps[0]["steps"]
+        found = SoftPrompt.load(steps[0]["softprompt"])
+        assert found.order == "after_bos"
+        assert found.metadata[OWN_KEY]["training"]["settings"]["optimizer"] == "adafactor"
+
     def test_samples_are_shown_on_the_way_and_change_no_rows(self, here, model_folder, monkeypatch):
         from kobold_sp_plugin.training import making
 
@@ -270,10 +293,20 @@ class TestWhatIsWrong:
         answer = train("half")
         assert "no weights" in answer.output and "no tokenizer" in answer.output
 
+    def test_several_processes_need_the_memory_several_times_and_take_no_shards(self, here, model_folder, monkeypatch):
+        from kobold_sp_plugin.training import preflight, processes
+
+        monkeypatch.setattr(processes, "count", lambda: 1000)
+        monkeypatch.setattr(processes, "number", lambda: 0)
+        monkeypatch.setattr(preflight, "free_memory", lambda *_: (10**10, "memory"))
+        answer = train(model_folder, "--sharded")
+        assert answer.exit_code == 2
+        assert "memory has 0.0 GB left" in answer.output and "without accelerate launch" in answer.output
+
     def test_memory_that_does_not_suffice_is_named_with_what_would(self, here, model_folder, monkeypatch):
         from kobold_sp_plugin.training import preflight
 
-        monkeypatch.setattr(preflight, "free_memory", lambda: (205 * 10**6, "memory"))
+        monkeypatch.setattr(preflight, "free_memory", lambda *_: (205 * 10**6, "memory"))
         weights = Path("large")
         weights.mkdir()
         for file in model_folder.iterdir():

@@ -8,7 +8,7 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Iterator, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple
 
 import click
 
@@ -28,10 +28,17 @@ _LINE_SECONDS = 10.0
     type=click.Path(path_type=Path),
     help="The zip. [default: ./softprompts/NAME.zip; a number is added to a name that is taken]",
 )
-@click.option("--steps", type=int, help="Optimizer steps. [default: three times over the data, at most 2000]")
+@click.option("--epochs", type=float, help="How often it goes over the data. [default: 3, and at most 2000 steps]")
+@click.option("--steps", type=int, help="Optimizer steps, instead of --epochs.")
 @click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same rows.")
 @click.option("--tokens", type=int, help="Rows of the soft prompt. [default: 20, or those of --from]")
 @click.option("--learning-rate", type=float, help="In units of the embedding's root mean square. [default: 0.3]")
+@click.option("--optimizer", type=click.Choice(["adamw", "adafactor"]), help="[default: adamw]")
+@click.option(
+    "--order",
+    type=click.Choice(["before_bos", "after_bos"]),
+    help="Where its rows stand, also when it is served. [default: before_bos, as in KoboldAI, or that of --from]",
+)
 @click.option(
     "--initial-text", metavar="TEXT", default="", help="What the rows begin as, or @FILE. [default: words of the data]"
 )
@@ -54,31 +61,13 @@ _LINE_SECONDS = 10.0
     type=click.Choice(["auto", "float32", "bfloat16", "float16", "8bit", "4bit"]),
     help="What the model is loaded in; the soft prompt is trained in float32 anyway.",
 )
+@click.option("--sharded", is_flag=True, help="Spread a model that is too large for one GPU over all, and memory.")
 @click.option("--author", default="", help="For the menu, as are the next two.")
 @click.option("--description", default="")
 @click.option("--supported", default="", help="The models it is for, separated by commas. [default: the model's name]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def train(
-    data: Path,
-    name: str,
-    model: Optional[str],
-    output: Optional[Path],
-    steps: Optional[int],
-    seed: int,
-    tokens: Optional[int],
-    learning_rate: Optional[float],
-    initial_text: str,
-    start_from: Tuple[Path, ...],
-    block: Optional[int],
-    batch_tokens: Optional[int],
-    accumulate: int,
-    checkpoint_layers: bool,
-    precision: str,
-    author: str,
-    description: str,
-    supported: str,
-    as_json: bool,
-) -> None:
+@click.option("--json-lines", "as_lines", is_flag=True, help="Print a line of JSON for each step, for programs.")
+def train(as_lines: bool, **given: Any) -> None:
     """Train a soft prompt on the texts in FOLDER, and put it into the folder of soft prompts.
 
     Texts are .txt files in any encoding (documents apart at <|endoftext|>), .jsonl with "text", "prompt" and
@@ -88,12 +77,51 @@ def train(
 
     Exit status 1: the soft prompt does not help with texts that were held out, or training was interrupted.
 
+    On several GPUs, or with several processes on one machine: `accelerate launch -m kobold_sp_plugin.cli train ...`.
+
     \b
     Example:
       kobold-sp train --data ./texts --name Noir --model ./my-model
     """
+    from ..training import processes
+
+    processes.join()
+    try:
+        with (_Lines() if as_lines else _Shown()) if processes.is_first() else _Silent() as shown:
+            _train(shown, **given)
+    except WrongUse as error:
+        if not processes.is_first():
+            sys.exit(error.exit_code)  # the first one says it
+        if as_lines:
+            click.echo(json.dumps({"event": "error", "message": error.message}))
+        raise
+    finally:
+        processes.leave()
+
+
+def _train(
+    shown: "_Shown",
+    data: Path,
+    name: str,
+    model: Optional[str],
+    output: Optional[Path],
+    tokens: Optional[int],
+    initial_text: str,
+    start_from: Tuple[Path, ...],
+    block: Optional[int],
+    epochs: Optional[float],
+    order: Optional[str],
+    precision: str,
+    sharded: bool,
+    author: str,
+    description: str,
+    supported: str,
+    as_json: bool,
+    **settings: Any,
+) -> None:
     from ..demonstration import MODEL
     from ..errors import SoftPromptError, TrainingError
+    from ..softprompt import Order
     from ..training.making import make
     from ..training.places import filename, places
     from ..training.preflight import Plan, facts_of, look
@@ -111,18 +139,16 @@ def train(
             places=places(output or Path("softprompts") / f"{filename(name) or 'unnamed'}.zip"),
             settings=_settings(
                 n_tokens=n_tokens,
-                steps=steps,
-                seed=seed,
-                learning_rate=learning_rate,
                 initial_text=_text(initial_text),
                 block=block or max(8, min(256, (context or 10**6) - n_tokens)),
-                batch_tokens=batch_tokens,
-                accumulate=accumulate,
-                checkpoint_layers=checkpoint_layers,
-                order=start_settings.get("order"),
+                order=Order(order) if order else start_settings.get("order"),
+                epochs=epochs,
+                most_steps=10**7 if epochs else None,  # which were asked for
+                **settings,
             ),
             precision=precision,
             start_from=start_from,
+            sharded=sharded,
         )
     except TrainingError as error:
         raise WrongUse(line(str(error))) from error
@@ -130,30 +156,21 @@ def train(
     found = look(plan)
     if found.problems:
         raise WrongUse("\n".join(["This training cannot be:", *(f"  - {line(each)}" for each in found.problems)]))
-    for remark in found.remarks:
-        _tell(line(remark))
+    shown.remarks(found.remarks)
     model_name = "demonstration" if model is None else (Path(model).name if Path(model).is_dir() else model)
     metadata = {"name": name, "model": model_name, "supported": _parts(supported) or [model_name]}
     metadata.update({key: text for key, text in (("author", author), ("description", description)) if text})
     try:
-        with _interruptible() as is_stopped, _Shown() as shown:
+        with _interruptible() as is_stopped:
             made = make(plan, metadata, shown.begun, shown.progress, shown.sample, is_stopped, found.remarks)
     except TrainingError as error:
         raise WrongUse(line(str(error))) from error
     except (SoftPromptError, OSError) as error:
         raise WrongUse(f"Training stopped: {line(str(error))}. The same command goes on from where it was.") from error
     if made is None:
-        _tell(f"Interrupted at step {shown.step}; saved. The same command goes on from there.")
+        shown.interrupted()
         sys.exit(1)
-    about = made.result.about
-    if as_json:
-        answer = {key: about[key] for key in ("steps", "held_out_without", "held_out_before", "held_out_after")}
-        files = {"softprompt": str(made.output), "report": str(made.report), "resumed_at": shown.resumed_at}
-        click.echo(json.dumps({**files, **answer, "helps": made.result.helps}, indent=2))
-    else:
-        click.echo(line(made.result.sentence))
-        click.echo(f"Soft prompt: {line(str(made.output))}")
-        click.echo(f"Report: {line(str(made.report))}")
+    shown.done(made, as_json)
     if made.result.helps is False:
         sys.exit(1)
 
@@ -172,8 +189,12 @@ class _Shown:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._close_bar()
+
+    def remarks(self, remarks: Sequence[str]) -> None:
+        """Say what is good to know."""
+        for remark in remarks:
+            _tell(line(remark))
 
     def begun(self, training: Any) -> None:
         """Say what begins, or from where it goes on."""
@@ -211,17 +232,85 @@ class _Shown:
         else:
             _tell(told)
 
+    def interrupted(self) -> None:
+        """Say that it was."""
+        self._close_bar()
+        _tell(f"Interrupted at step {self.step}; saved. The same command goes on from there.")
+
+    def done(self, made: Any, as_json: bool) -> None:
+        """Print the answer, on standard output."""
+        self._close_bar()
+        if as_json:
+            click.echo(json.dumps(_answer(made, self.resumed_at), indent=2))
+        else:
+            click.echo(line(made.result.sentence))
+            click.echo(f"Soft prompt: {line(str(made.output))}")
+            click.echo(f"Report: {line(str(made.report))}")
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+class _Lines(_Shown):
+    """Progress for a program: a line of JSON for each thing that happens, on standard output."""
+
+    def remarks(self, remarks: Sequence[str]) -> None:
+        self._remarks = list(remarks)
+
+    def begun(self, training: Any) -> None:
+        self.step, self.resumed_at, data = training.step, training.resumed_at, training.dataset
+        counts = {"step": training.step, "steps": training.steps, "resumed_at": training.resumed_at}
+        counts.update(documents=data.n_documents, tokens=data.n_tokens)
+        self._say("begun", **counts, remarks=self._remarks)
+
+    def progress(self, progress: Any) -> None:
+        self.step = progress.step
+        self._say("step", **progress._asdict())
+
+    def sample(self, text: str) -> None:
+        self._say("sample", text=text)
+
+    def interrupted(self) -> None:
+        self._say("interrupted", step=self.step)
+
+    def done(self, made: Any, as_json: bool) -> None:
+        self._say("done", sentence=made.result.sentence, **_answer(made, self.resumed_at))
+
+    def _say(self, event: str, **facts: Any) -> None:
+        click.echo(json.dumps({"event": event, **facts}))
+
+
+class _Silent(_Lines):
+    """Nothing, of all processes but the first."""
+
+    def _say(self, event: str, **facts: Any) -> None:
+        pass
+
+
+def _answer(made: Any, resumed_at: Optional[int]) -> Dict[str, Any]:
+    about = made.result.about
+    numbers = {key: about[key] for key in ("steps", "held_out_without", "held_out_before", "held_out_after")}
+    files = {"softprompt": str(made.output), "report": str(made.report), "resumed_at": resumed_at}
+    return {**files, **numbers, "helps": made.result.helps}
+
 
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
     """Ctrl-C, or a request to end, lets the step end first; a second one does not wait. Yields what tells."""
+    from ..training import processes
+
     stopped = threading.Event()
 
     def stop(number: int, frame: Any) -> None:
         if stopped.is_set():
+            if processes.count() > 1:
+                return  # what starts several processes tells each of them twice
             raise KeyboardInterrupt
         stopped.set()
-        _tell("Ending after this step ...")
+        if processes.is_first():
+            _tell("Ending after this step ...")
 
     if threading.current_thread() is not threading.main_thread():
         yield stopped.is_set

@@ -1,37 +1,36 @@
 """Build the demonstration model and its soft prompts: ``python -m kobold_sp_plugin.demonstration.build``.
 
 Writes the corpus (in memory), trains the tokenizer, the model on the unlabelled mix of all genres, and
-one soft prompt per genre with a plain loop. Everything follows from one seed; on one machine, with the
-same number of threads, the result is the same to the byte.
+one soft prompt per genre as :mod:`kobold_sp_plugin.training` does by default. Everything follows from one
+seed; on one machine, with the same number of threads, the result is the same to the byte.
 """
 
 import argparse
 import json
 import random
+import tempfile
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import numpy as np
 import torch
 from safetensors.torch import save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from ..compatibility import fingerprint
 from ..softprompt import OWN_KEY, SoftPrompt
+from ..training import Settings, train
+from ..training.dataset import Dataset
+from ..training.texts import Passage
 from . import MODEL
 from .grammar import SEPARATOR, mix, story
 from .lexicon import GENRES
 
 BOS, EOS, PAD = 0, 1, 2
 CONTEXT = 1024  # tokens
-N_ROWS = 20
 BATCH_TOKENS = 2000
-PROMPT_STEPS = 240
-PROMPT_STORIES = 1000
-PROMPT_BATCH_TOKENS = 1200
-PROMPT_LIMIT = 192  # tokens of a text
+PROMPT_STORIES = 300
 
 # Written as they stand: plain keys that every release of transformers with Llama reads. The file is
 # stored in float16; declaring float32 keeps releases that obey the declaration from computing in
@@ -74,9 +73,6 @@ TOKENIZER = {
     "clean_up_tokenization_spaces": False,
 }
 
-Labelled = Tuple[List[int], List[int]]
-"""Token ids, and what is to be predicted at each of them: the id itself, or -100 for nothing."""
-
 
 def train_tokenizer(texts: Sequence[str]) -> Tokenizer:
     """Byte-level BPE; encoding puts the beginning-of-sequence token first."""
@@ -96,45 +92,35 @@ def train_tokenizer(texts: Sequence[str]) -> Tokenizer:
     return tokenizer
 
 
-def labelled(tokenizer: Tokenizer, text: str, given: str = "", limit: int = CONTEXT) -> Labelled:
-    """A text to learn, after a text that is ``given`` and not to be learned; cut to ``limit`` tokens."""
-    before = tokenizer.encode(given).ids
-    after = [*tokenizer.encode(text, add_special_tokens=False).ids, EOS]
-    labels = [-100] * len(before) + after
-    return (before + after)[:limit], labels[:limit]
+def tokens_of(tokenizer: Tokenizer, text: str) -> List[int]:
+    """The ids of a text to its end, at most as many as the model reads."""
+    return [*tokenizer.encode(text).ids, EOS][:CONTEXT]
 
 
-def batches(texts: Sequence[Labelled], tokens: int, rng: random.Random) -> Iterator[List[Labelled]]:
+def batches(texts: Sequence[List[int]], tokens: int, rng: random.Random) -> Iterator[List[List[int]]]:
     """Batches of texts of similar length, at most ``tokens`` with padding each, in random order."""
-    by_length = sorted(texts, key=lambda text: (len(text[0]), rng.random()))
-    result: List[List[Labelled]] = [[]]
+    by_length = sorted(texts, key=lambda text: (len(text), rng.random()))
+    result: List[List[List[int]]] = [[]]
     for text in by_length:
-        if (len(result[-1]) + 1) * len(text[0]) > tokens:
+        if (len(result[-1]) + 1) * len(text) > tokens:
             result.append([])
         result[-1].append(text)
     rng.shuffle(result)
     return iter(result)
 
 
-def loss_of(model: LlamaForCausalLM, batch: Sequence[Labelled], rows: Optional[torch.Tensor] = None) -> torch.Tensor:
-    """Cross-entropy in nats, a scalar: the mean over all positions of a batch that have a label.
+def loss_of(model: LlamaForCausalLM, batch: Sequence[List[int]]) -> torch.Tensor:
+    """Cross-entropy in nats, a scalar: the mean over all tokens of a batch but the first of each text.
 
-    ``rows``: float ``[n_tokens, width]``, read before the beginning-of-sequence token. Padding stands
-    on the right, where a causal model does not see it, so that no mask is needed.
+    Padding stands on the right, where a causal model does not see it, so that no mask is needed.
     """
-    length = max(len(ids) for ids, _ in batch)
+    length = max(map(len, batch))
     ids = torch.full((len(batch), length), PAD)
-    labels = torch.full((len(batch), length), -100)
-    for i, (text, wanted) in enumerate(batch):
-        ids[i, : len(text)] = torch.tensor(text)
-        labels[i, : len(text)] = torch.tensor(wanted)
-    embedded = model.get_input_embeddings()(ids)
-    if rows is not None:
-        embedded = torch.cat([rows.expand(len(batch), -1, -1), embedded], dim=1)
-    hidden = model.model(inputs_embeds=embedded, use_cache=False)[0][:, -length:-1]
-    wanted = labels[:, 1:]
-    here = wanted != -100
-    return torch.nn.functional.cross_entropy(model.lm_head(hidden[here]), wanted[here])
+    for row, text in enumerate(batch):
+        ids[row, : len(text)] = torch.tensor(text)
+    here = torch.arange(1, length) < torch.tensor([[len(text)] for text in batch])
+    hidden = model.model(input_ids=ids, use_cache=False)[0][:, :-1]
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden[here]), ids[:, 1:][here])
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:
@@ -160,7 +146,7 @@ def initialise(model: LlamaForCausalLM) -> None:
             attention.o_proj.weight.copy_(attention.v_proj.weight.T)
 
 
-def train_model(texts: Sequence[Labelled], seed: int) -> LlamaForCausalLM:
+def train_model(texts: Sequence[List[int]], seed: int) -> LlamaForCausalLM:
     """The small causal model, trained on every text once."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -187,51 +173,21 @@ def train_model(texts: Sequence[Labelled], seed: int) -> LlamaForCausalLM:
     return model.eval()
 
 
-def genre_texts(tokenizer: Tokenizer, genre: str, count: int, seed: int) -> List[Labelled]:
-    """What a soft prompt learns from: beginnings of stories of the genre, and of stories that turn to it.
+def genre_passages(genre: str, count: int, seed: int) -> Iterator[Passage]:
+    """What a soft prompt learns from: stories of the genre, and what follows where a story turns to it.
 
-    Of the latter, the paragraph before the turn is given and only the rest is learned. With them more
-    continuations stay in the genre; a story that is well under way in another one goes on in that one.
+    With the latter more continuations stay in the genre; a story that is well under way in another one goes on
+    in that one.
     """
     rng = random.Random(f"soft prompt:{genre}:{seed}")
     others = [other for other in GENRES if other != genre]
-    result = []
     for number in range(count):
         if number % 5 < 4:
-            text, given = story(genre, rng).text, ""
+            yield Passage(((story(genre, rng).text, True),), genre)
         else:
             turning = story(rng.choice(others), rng, turns_to=genre)
             before = turning.paragraphs[turning.genres.index(genre) - 1]
-            text, given = turning.part(genre), before + SEPARATOR
-        result.append(labelled(tokenizer, text, given, PROMPT_LIMIT))
-    return result
-
-
-def train_rows(model: LlamaForCausalLM, texts: Sequence[Labelled], seed: int) -> np.ndarray:
-    """A soft prompt for ``texts``: float32 ``[N_ROWS, width]``, by a plain loop of Adam.
-
-    It begins as the words of one of the texts: closer to the genre, and less harm to begin with, than
-    random rows of the matrix.
-    """
-    rng = random.Random(seed)
-    model.requires_grad_(False)
-    first = torch.tensor(texts[0][0][1 : N_ROWS + 1])  # after the beginning-of-sequence token
-    rows = model.get_input_embeddings()(first).clone().requires_grad_(True)
-    optimizer = torch.optim.Adam([rows], lr=3e-2)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: schedule(s, PROMPT_STEPS, 10))
-    pending: Iterator[List[Labelled]] = iter(())
-    for _ in range(PROMPT_STEPS):
-        batch = next(pending, None)
-        if batch is None:
-            pending = batches(texts, PROMPT_BATCH_TOKENS, rng)
-            batch = next(pending)
-        loss = loss_of(model, batch, rows)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
-    print(f"  loss {loss.item():.3f}", flush=True)
-    return np.asarray(rows.detach().numpy())
+            yield Passage(((before + SEPARATOR, False), (turning.part(genre), True)), genre)
 
 
 def save_model(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
@@ -270,28 +226,41 @@ def build(model_folder: Path, softprompts: Path, seed: int, count: int = 12000) 
     tell(f"writing {count} stories")
     corpus = [told.text for told in mix(count, seed)]
     tokenizer = train_tokenizer(corpus)
-    texts = [labelled(tokenizer, text) for text in corpus]
-    tell(f"training the model on {sum(len(ids) for ids, _ in texts)} tokens")
+    texts = [tokens_of(tokenizer, text) for text in corpus]
+    tell(f"training the model on {sum(map(len, texts))} tokens")
     model = train_model(texts, seed)
     save_model(model, tokenizer, model_folder)
-    # What is shipped is float16; the soft prompts are trained for what is shipped.
-    model = LlamaForCausalLM.from_pretrained(str(model_folder), torch_dtype=torch.float32).eval()
-    softprompts.mkdir(parents=True, exist_ok=True)
-    for genre in GENRES:
-        tell("training the soft prompt " + genre)
-        rows = train_rows(model, genre_texts(tokenizer, genre, PROMPT_STORIES, seed), seed)
-        SoftPrompt(rows=rows, metadata=metadata(genre, model)).save(softprompts / f"{genre}.zip")
+    build_softprompts(model_folder, softprompts, seed)
     tell("done")
 
 
-def metadata(genre: str, model: LlamaForCausalLM) -> Dict[str, object]:
+def build_softprompts(model_folder: Path, softprompts: Path, seed: int) -> None:
+    """Write a soft prompt for each genre, trained for the model in the folder: what is shipped is its float16."""
+    model = LlamaForCausalLM.from_pretrained(str(model_folder), torch_dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(str(model_folder))
+    settings = Settings(block=CONTEXT // 2, seed=seed)  # most stories are read whole, as they are written
+    softprompts.mkdir(parents=True, exist_ok=True)
+    for genre in GENRES:
+        started = time.time()
+        with tempfile.TemporaryDirectory() as folder:
+            texts = genre_passages(genre, PROMPT_STORIES, seed)
+            dataset = Dataset.write(texts, tokenizer, Path(folder), settings.block)
+            trained = train(model, tokenizer, dataset, settings)
+        own = trained.metadata[OWN_KEY]
+        losses = ", ".join(
+            f"{own['training'][f'held_out_{when}']:.3f} {when}" for when in ("without", "before", "after")
+        )
+        print(f"{time.time() - started:5.0f} s  {genre}: held-out loss {losses}", flush=True)
+        SoftPrompt(trained.rows, {**metadata(genre), OWN_KEY: own}).save(softprompts / f"{genre}.zip")
+
+
+def metadata(genre: str) -> Dict[str, object]:
     """What the soft prompt's file says about itself."""
     return {
         "name": genre.capitalize(),
         "author": "kobold_sp_plugin",
         "supported": ["kobold_sp_plugin demonstration model"],
         "description": f"Turns the stories of the demonstration model into {genre} stories.",
-        OWN_KEY: {"fingerprint": fingerprint(model)},
     }
 
 
@@ -299,14 +268,17 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, help="folder for model/ and softprompts/ (default: in place)")
+    parser.add_argument("--softprompts-only", action="store_true", help="for the model that is there")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1, help="the shipped files were made with 1")
     parsed = parser.parse_args(arguments)
     torch.set_num_threads(parsed.threads)
-    if parsed.output is None:
-        build(MODEL, MODEL.parents[2] / "softprompts", parsed.seed)
+    model = MODEL if parsed.output is None else parsed.output / "model"
+    softprompts = (MODEL.parents[2] if parsed.output is None else parsed.output) / "softprompts"
+    if parsed.softprompts_only:
+        build_softprompts(model, softprompts, parsed.seed)
     else:
-        build(parsed.output / "model", parsed.output / "softprompts", parsed.seed)
+        build(model, softprompts, parsed.seed)
 
 
 if __name__ == "__main__":

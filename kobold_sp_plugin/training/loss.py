@@ -5,12 +5,13 @@ several such. Here the gradient towards the hidden states is made while the logi
 forward pass; nothing of the vocabulary's size outlives its chunk. The head gets no gradient: it is frozen.
 """
 
-from typing import Any, Callable, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, NamedTuple, Optional, Tuple
 
 import torch
 
 _CHUNK_VALUES = 2**23
-"""Logits of one chunk, in all: 32 MB in float32."""
+"""Logits of one chunk, at least: 32 MB in float32. Of a piece of that size or more the C library never keeps the place
+for itself when it is given back; smaller ones leave holes that the next step's activations fall into."""
 
 
 class Head(NamedTuple):
@@ -24,9 +25,18 @@ class Head(NamedTuple):
     softcap: Optional[float]
     """``softcap * tanh(logits / softcap)`` (Gemma 2)."""
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """float32 ``[positions, vocabulary]`` of ``hidden [positions, width]``."""
-        logits = torch.nn.functional.linear(hidden, self.weight, self.bias).float()
+    def logits(self, hidden: torch.Tensor, place: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """float32 ``[positions, vocabulary]`` of ``hidden [positions, width]``; in ``place``, if that is given."""
+        if place is None:
+            logits = torch.nn.functional.linear(hidden, self.weight, self.bias).float()
+        else:
+            logits = place[: len(hidden)]
+            if self.weight.dtype is logits.dtype:
+                torch.mm(hidden, self.weight.t(), out=logits)
+            else:
+                logits.copy_(hidden @ self.weight.t())
+            if self.bias is not None:
+                logits.add_(self.bias)
         if self.scale != 1.0:
             logits = logits.mul_(self.scale)
         if self.softcap is not None:
@@ -72,27 +82,33 @@ def cross_entropy(head: Head, hidden: torch.Tensor, wanted: torch.Tensor) -> tor
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, wanted: torch.Tensor, head: Head) -> torch.Tensor:
-        per_chunk = max(1, _CHUNK_VALUES // head.weight.shape[0])
-        needs_gradient = ctx.needs_input_grad[0]
+        vocabulary = head.weight.shape[0]
+        per_chunk = min(hidden.shape[0], -(-_CHUNK_VALUES // vocabulary))
+        place = torch.empty(per_chunk, vocabulary, dtype=torch.float32, device=hidden.device)
+        gradient = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        gradients: List[torch.Tensor] = []
-        for start in range(0, hidden.shape[0], per_chunk):
-            targets = wanted[start : start + per_chunk].unsqueeze(1)
-            logits = head.logits(hidden[start : start + per_chunk])
-            normalizer = torch.logsumexp(logits, dim=1, keepdim=True)
-            total += (normalizer - logits.gather(1, targets)).sum()
-            if not needs_gradient:
+        for start in range(0, hidden.shape[0], max(1, per_chunk)):
+            chunk = slice(start, start + per_chunk)
+            targets = wanted[chunk].unsqueeze(1)
+            logits = head.logits(hidden[chunk], place)
+            slope = None if head.softcap is None or gradient is None else 1 - (logits / head.softcap) ** 2
+            # By hand, in place: torch's own logsumexp and softmax each make another tensor of this size.
+            most = logits.amax(dim=1, keepdim=True)
+            total += (most - logits.gather(1, targets)).sum()
+            exponentials = logits.sub_(most).exp_()
+            sums = exponentials.sum(dim=1, keepdim=True)
+            total += sums.log().sum()
+            if gradient is None:
                 continue
-            slope = None if head.softcap is None else 1 - (logits / head.softcap) ** 2
-            gradient = logits.sub_(normalizer).exp_()  # the probabilities
-            gradient.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=gradient.dtype))
+            error = exponentials.div_(sums)  # the probabilities; less one where the right token is
+            error.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=error.dtype))
             if slope is not None:
-                gradient.mul_(slope)
+                error.mul_(slope)
             if head.scale != 1.0:
-                gradient.mul_(head.scale)
-            gradients.append(gradient.to(head.weight.dtype) @ head.weight)
-        if needs_gradient:
-            ctx.save_for_backward(torch.cat(gradients).to(hidden.dtype) if gradients else torch.zeros_like(hidden))
+                error.mul_(head.scale)
+            torch.mm(error.to(head.weight.dtype), head.weight, out=gradient[chunk])
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
         return total
 
     @staticmethod

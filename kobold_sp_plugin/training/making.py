@@ -1,6 +1,7 @@
 """From a plan to a soft prompt in its folder, and a report: what ``kobold-sp train`` does."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Callable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
@@ -10,6 +11,7 @@ from .. import formats
 from ..compatibility.matrix import matrix_of, nearest
 from ..errors import AlreadyRunning
 from ..softprompt import OWN_KEY, SoftPrompt
+from . import processes
 from .loading import load_model
 from .places import alone_in
 from .preflight import Plan
@@ -40,15 +42,16 @@ def make(
     """Train what is planned, and write the soft prompt, with ``metadata`` and its own, and the report.
 
     ``on_sample`` gets a text three times on the way. None where ``is_stopped`` ended it after a step: the same plan
-    goes on from there. Raises a :class:`~kobold_sp_plugin.errors.SoftPromptError` or :class:`OSError`; what was trained
-    until then is kept.
+    goes on from there. Of several processes each does all of it, and the first one writes.
+
+    Raises a :class:`~kobold_sp_plugin.errors.SoftPromptError` or :class:`OSError`; what was trained until then is kept.
     """
     output, work = plan.places
-    with alone_in(work):
+    with alone_in(work) if processes.is_first() else nullcontext():
         if os.path.lexists(output):
             raise AlreadyRunning(f"{output} is there since a moment ago. Start again for another version.")
         start = [SoftPrompt.load(path) for path in plan.start_from] or None
-        model, tokenizer, name = load_model(plan.model, plan.precision)
+        model, tokenizer, name = load_model(plan.model, plan.precision, plan.sharded)
         training = Training(model, tokenizer, plan.data, plan.settings, work, start)
         try:
             on_begun(training)
@@ -58,7 +61,8 @@ def make(
                 if beginnings and _is_time_for_a_sample(progress):
                     text = written(model, tokenizer, [training.softprompt()], beginnings[0], seed=plan.settings.seed)
                     on_sample(beginnings[0] + text)
-                if is_stopped() and progress.step < progress.steps:
+                asked, *_ = processes.sums((float(is_stopped()),), training.rows.parameter.device)
+                if asked and progress.step < progress.steps:
                     return None
         finally:
             training.close()
@@ -67,8 +71,6 @@ def make(
         own["training"] = {**own["training"], "model": metadata.get("model") or name, "precision": plan.precision}
         about = {key: value for key, value in metadata.items() if key != "model"}
         softprompt = SoftPrompt(trained.rows, {**about, OWN_KEY: own})
-        output.parent.mkdir(parents=True, exist_ok=True)
-        formats.save(softprompt, output)
         result = Result(
             softprompt,
             training.history,
@@ -77,7 +79,10 @@ def make(
             samples(model, tokenizer, softprompt, beginnings, plan.settings.seed),
             remarks,
         )
-        write_report(result, work / REPORT)
+        if processes.is_first():
+            output.parent.mkdir(parents=True, exist_ok=True)
+            formats.save(softprompt, output)
+            write_report(result, work / REPORT)
         return Made(output, work / REPORT, result)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Dict, List, Optional, Tuple
 from ..compatibility import ModelFacts, facts
 from ..errors import FormatError, ModelError, TrainingError
 from ..softprompt import SoftPrompt
+from . import processes
 from .loading import BYTES_PER_WEIGHT, PRECISIONS
 from .places import Places, filename
 from .settings import Settings
@@ -36,6 +37,8 @@ class Plan:
     precision: str = "auto"
     start_from: Tuple[Path, ...] = ()
     """Several: a mixture of them."""
+    sharded: bool = False
+    """The model's layers on all GPUs and in memory, and not the whole of it on one."""
 
 
 @dataclass
@@ -239,10 +242,14 @@ def _look_at_disk(plan: Plan, n_bytes: int, found: Findings) -> None:
 
 def _look_at_packages(plan: Plan, found: Findings) -> None:
     needed = {"8bit": ("accelerate", "bitsandbytes"), "4bit": ("accelerate", "bitsandbytes")}.get(plan.precision, ())
-    missing = [name for name in needed if find_spec(name) is None]
-    if missing:
+    for option, names in ((f"--precision {plan.precision}", needed), ("--sharded", ("accelerate",) * plan.sharded)):
+        missing = [name for name in names if find_spec(name) is None]
+        if missing:
+            found.problems.append(f"{option} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    if plan.sharded and processes.count() > 1:
         found.problems.append(
-            f"--precision {plan.precision} needs {' and '.join(missing)}: pip install {' '.join(missing)}"
+            "--sharded spreads the model from one process, and this one has others beside it: start the command by "
+            "itself, without accelerate launch or torchrun."
         )
     if in_order("&amp;") == "&amp;":
         found.remarks.append(
@@ -252,12 +259,14 @@ def _look_at_packages(plan: Plan, found: Findings) -> None:
 
 def _look_at_memory(plan: Plan, config: Dict[str, Any], found: Findings) -> None:
     folder = Path(plan.model)
-    free, where = free_memory()
+    free, where = free_memory(plan.sharded)
     stored = _stored_bytes_per_weight(config)
     count = sum(file.stat().st_size for file in _weights(folder)) / stored if folder.is_dir() else 0
     if not count or not free:
         return
     is_gpu = where != "memory"
+    if not is_gpu:
+        free //= processes.count()  # each holds a model of its own
     needed = _needed(count, config, plan.settings, plan.precision, stored, is_gpu)
     if needed <= free:
         return
@@ -270,6 +279,8 @@ def _look_at_memory(plan: Plan, config: Dict[str, Any], found: Findings) -> None
             if would <= free:
                 fitting.append((would, options))
                 break
+    if is_gpu and not plan.sharded and processes.count() == 1 and needed <= free_memory(True)[0]:
+        fitting.append((needed, "--sharded, spread over all GPUs and the memory, slower"))
     advice = (
         "This would fit: " + "; ".join(f"{options} ({would / 1e9:.1f} GB)" for would, options in fitting) + "."
         if fitting
@@ -281,12 +292,22 @@ def _look_at_memory(plan: Plan, config: Dict[str, Any], found: Findings) -> None
     )
 
 
-def free_memory() -> Tuple[int, str]:
-    """Bytes that are free where the model would be, and what to call that; 0 where nothing tells."""
+def free_memory(sharded: bool = False) -> Tuple[int, str]:
+    """Bytes that are free where the model would be, and what to call that; 0 where nothing tells.
+
+    ``sharded``: on all GPUs and in memory.
+    """
     import torch
 
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not sharded:
         return int(torch.cuda.mem_get_info()[0]), "GPU's memory"
+    if torch.cuda.is_available():
+        on_gpus = sum(int(torch.cuda.mem_get_info(number)[0]) for number in range(torch.cuda.device_count()))
+        return on_gpus + _free_main_memory(), "memory of the GPUs and the machine"
+    return _free_main_memory(), "memory"
+
+
+def _free_main_memory() -> int:
     free = 0
     try:
         import psutil
@@ -297,13 +318,13 @@ def free_memory() -> Tuple[int, str]:
             lines = Path("/proc/meminfo").read_text().splitlines()
             free = next(int(each.split()[1]) * 1024 for each in lines if each.startswith("MemAvailable"))
         except (OSError, StopIteration):
-            return 0, "memory"
+            return 0
     try:  # a container may be given less than its machine has
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
         free = min(free, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
     except (OSError, ValueError):
         pass
-    return max(1, free), "memory"
+    return max(1, free)
 
 
 def _needed(

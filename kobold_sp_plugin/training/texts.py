@@ -9,6 +9,8 @@
 
 import codecs
 import json
+import os
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
@@ -47,12 +49,25 @@ def files_of(path: Path) -> List[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise NoData(f"There is no file or folder {path}. Check the path of the data.")
+        raise NoData(f"There is no file or folder {path}. {_meant(path)}")
     found = [each for each in sorted(path.rglob("*")) if each.suffix.lower() in SUFFIXES and each.is_file()]
     found = [each for each in found if not any(part.startswith(".") for part in each.relative_to(path).parts)]
     if not found:
         raise NoData(f"There is no .txt, .jsonl or .json file in {path}. Put the texts to learn from there.")
     return found
+
+
+def _meant(path: Path) -> str:
+    """What to do about a path that is not there: as far as it is, and what is there instead."""
+    there = path.absolute().parent
+    while not there.is_dir():
+        there = there.parent
+    missing = path.absolute().relative_to(there).parts[0]
+    near = (
+        get_close_matches(missing, [each.name for each in there.iterdir()], 3, 0.5) if os.access(there, os.R_OK) else []
+    )
+    meant = f"; did you mean {' or '.join(near)}?" if near else ". Check the path of the data."
+    return f"In {there} is no {missing}{meant}"
 
 
 def passages(path: Path, tokenizer: Any = None) -> Iterator[Passage]:

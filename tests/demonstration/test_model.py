@@ -7,7 +7,6 @@ from kobold_sp_plugin import SoftPrompt
 from kobold_sp_plugin.compatibility import Verdict, facts, judge
 from kobold_sp_plugin.demonstration import MODEL, build, report
 from kobold_sp_plugin.demonstration.classifier import Classifier
-from kobold_sp_plugin.demonstration.grammar import mix
 from kobold_sp_plugin.demonstration.lexicon import GENRES
 
 SOFTPROMPTS = MODEL.parents[2] / "softprompts"
@@ -63,7 +62,6 @@ def test_continuations_begin_with_the_opening_and_turn_to_the_genre(demonstratio
 def test_one_seed_builds_the_same_and_the_build_is_readable(tmp_path, monkeypatch):
     for key, value in {"hidden_size": 40, "num_hidden_layers": 1, "vocab_size": 512}.items():
         monkeypatch.setitem(build.CONFIG, key, value)
-    monkeypatch.setattr(build, "PROMPT_STEPS", 2)
     monkeypatch.setattr(build, "PROMPT_STORIES", 5)
     for name in ("a", "b"):
         build.build(tmp_path / name / "model", tmp_path / name / "softprompts", seed=1, count=10)
@@ -74,25 +72,20 @@ def test_one_seed_builds_the_same_and_the_build_is_readable(tmp_path, monkeypatc
     assert len(tokenizer) <= model.config.vocab_size
 
 
-def test_a_given_beginning_is_not_learned():
-    tokenizer = build.train_tokenizer([story.text for story in mix(5, seed=1)])
-    ids, labels = build.labelled(tokenizer, " went home.", given="Jack")
-    before = len(tokenizer.encode("Jack").ids)
-    assert labels[:before] == [-100] * before
-    assert labels[before:] == ids[before:]
-    assert ids[-1] == build.EOS
+def test_where_a_story_turns_only_what_follows_is_learned():
+    passages = list(build.genre_passages("noir", 10, seed=1))
+    turning = [passage.parts for passage in passages if len(passage.parts) == 2]
+    assert len(turning) == 2
+    assert all(not before_is_learned and is_learned for (_, before_is_learned), (_, is_learned) in turning)
 
 
-def test_padding_counts_nothing_and_rows_are_read(demonstration):
+def test_padding_counts_nothing(demonstration):
     model, tokenizer = demonstration
-    texts = [build.labelled(tokenizer.backend_tokenizer, text) for text in ("Jack came in.", "Rita left him there.")]
-    counts = [len(ids) - 1 for ids, _ in texts]
+    texts = [build.tokens_of(tokenizer.backend_tokenizer, text) for text in ("Jack came in.", "Rita left him there.")]
     with torch.no_grad():
-        apart = [build.loss_of(model, [text]) * count for text, count in zip(texts, counts)]
-        together = build.loss_of(model, texts) * sum(counts)
-        moved = build.loss_of(model, texts, model.get_input_embeddings()(torch.tensor([build.BOS])))
+        apart = [build.loss_of(model, [text]) * (len(text) - 1) for text in texts]
+        together = build.loss_of(model, texts) * sum(len(text) - 1 for text in texts)
     assert torch.allclose(sum(apart), together, atol=1e-4)
-    assert not torch.allclose(moved * sum(counts), together)
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from kobold_sp_plugin import SoftPrompt
 from kobold_sp_plugin.errors import HostError
 from kobold_sp_plugin.hosts import koboldai
 from kobold_sp_plugin.hosts.koboldai.united import BACKEND, REFUSALS, UNITED
+from kobold_sp_plugin.softprompt import OWN_KEY
 
 REPOSITORY = Path(koboldai.__file__).resolve().parents[3]
 HOOK = REPOSITORY / "hooks" / "koboldai"
@@ -391,6 +392,36 @@ class TestBackends:
         host.load()
         assert host.shown == ("noir.zip", 4)
 
+    def test_a_load_that_ends_in_the_middle_of_another_tells_nothing(self, host, monkeypatch):
+        """The host begins its first load by itself, and a user who is quick loads another model meanwhile."""
+        first_may_end, told = threading.Event(), []
+        monkeypatch.setattr(host["model_backends"]["Read Only"], "_load", lambda: first_may_end.wait(20))
+        first = threading.Thread(target=host["load_model"], args=("Read Only",))
+        second = host["model_backends"]["Huggingface"]
+        its_own = second._load
+
+        def load_meanwhile():
+            first_may_end.set()
+            first.join(20)
+            told.append(host.session.status()["model"])
+            its_own()
+
+        monkeypatch.setattr(second, "_load", load_meanwhile)
+        first.start()
+        host.load()
+        assert told == [""], "the first one's end is no news: what is loaded is not there yet"
+        assert host.system.allowsp is True
+        assert host.ask("put", "config/soft_prompt", value="noir.zip")[0] == 200
+
+    def test_a_page_that_is_told_of_a_model_may_select_at_once(self, host):
+        """The host's variables are set before any page hears of the change."""
+        told = []
+        changed = host.menu._changed.set
+        host.menu._changed.set = lambda: (told.append((host.session.takes_softprompts, host.system.allowsp)), changed())
+        host.load("Read Only", None)
+        host.load()
+        assert told and all(takes == allowed for takes, allowed in told)
+
     def test_one_that_the_host_serves_itself_stays_the_hosts(self, host):
         host.load("Huggingface MTJ", None)
         assert host.system.allowsp is True and host.session.engine is None
@@ -417,6 +448,123 @@ class TestBackends:
         assert standin.shown == ("", 0) and "generate" not in vars(model)
         standin["spRequest"]("noir.zip")
         assert standin.text() == texts["noir.zip"]
+
+
+class TestTraining:
+    """The page's own "Create New Soft Prompt", which the host itself cannot serve."""
+
+    @pytest.fixture
+    def page(self, host, monkeypatch):
+        """One page's socket, in the room of the new page: ``ask`` and ``hears``."""
+        monkeypatch.setattr("kobold_sp_plugin.hosts.koboldai.training._NICENESS", 0)
+        return TrainingPage(host)
+
+    @pytest.fixture
+    def form(self, place):
+        """What the page sends, on a folder of texts."""
+        words = ["door", "rain", "clock", "wall", "word", "stopped", "opened"]
+        written = [f"The {a} {b} and the {c}; nobody said a {a}." for a in words for b in words for c in words]
+        (place / "texts").mkdir()
+        (place / "texts" / "a.txt").write_text("<|endoftext|>".join(written), encoding="utf-8")
+        form = {"sp_title": "Rain <b>", "sp_prompt": "@The door opened", "sp_dataset": "texts"}
+        return {**form, "sp_author": "Ada", "sp_description": "Wet."}
+
+    @pytest.mark.timeout(180)  # another Python starts, and imports all that training needs
+    def test_it_ends_in_the_menu(self, host, page, place, texts, form):
+        page.ask(form)
+        assert page.hears("running")["name"] == "Rain <b>"
+        assert host.text() == texts[""], "the host's model goes on serving"
+        page.ask(form)
+        assert "only one at a time" in page.notice()
+        assert TrainingPage(host).told()["state"] == "running", "a page that is loaded anew is told"
+        assert "helps" in page.hears("done", seconds=120)["message"]
+        assert page.told()["step"] == page.told()["steps"] > 5 and page.told()["held_out"] < 6
+        entry = next(each for each in host.session.status()["entries"] if each["name"] == "Rain <b>")
+        assert (entry["author"], entry["description"], entry["usable"]) == ("Ada", "Wet.", True)
+        assert "fingerprint matches" in entry["reason"]
+        made = SoftPrompt.load(place / "softprompts" / entry["filename"])
+        settings = made.metadata[OWN_KEY]["training"]["settings"]
+        assert settings["initial_text"] == "@The door opened", "a text, whatever it begins with"
+        assert (place / "training" / "Rain -b" / "report.html").is_file()
+        host["spRequest"](entry["filename"])
+        assert host.text() != texts[""]
+
+    @pytest.mark.timeout(180)
+    def test_it_can_be_cancelled_and_gone_on_with(self, host, page, place, form):
+        file = place / "texts" / "a.txt"
+        file.write_text("<|endoftext|>".join([file.read_text(encoding="utf-8")] * 12), encoding="utf-8")
+        page.ask(form)
+        page.hears("running", lambda status: status.get("step", 0) >= 1 and "loss" in status, seconds=120)
+        page.emit("softprompt_training_cancel")
+        assert "Saved at step" in page.hears("cancelled", seconds=60)["message"]
+        assert not list(place.glob("softprompts/Rain*"))
+        page.ask(form)
+        page.hears("running", lambda status: "Going on from step" in status["message"], seconds=120)
+        page.emit("softprompt_training_cancel")
+        page.hears("cancelled", seconds=60)
+
+    @pytest.mark.parametrize(
+        "form, reason",
+        [
+            ({"sp_title": "", "sp_dataset": "texts"}, "title is missing"),
+            ({"sp_title": "Rain", "sp_dataset": " "}, "dataset is missing"),
+            (None, "title is missing"),
+            ({"sp_title": "Rain", "sp_dataset": "absent"}, "There is no file or folder"),
+        ],
+        ids=["title", "dataset", "no form", "no folder"],
+    )
+    @pytest.mark.timeout(120)
+    def test_what_is_wrong_is_said_in_the_page(self, host, page, form, reason):
+        page.ask(form)
+        assert reason in page.hears("failed", seconds=100)["message"]
+
+    def test_without_a_model_that_learns_it_says_why(self, host, page):
+        host.load("KoboldCPP", None)
+        page.ask({"sp_title": "Rain", "sp_dataset": "texts"})
+        assert REFUSALS["KoboldCPP"] in page.hears("failed")["message"]
+
+    def test_a_process_that_dies_says_so(self, host, page, monkeypatch):
+        from kobold_sp_plugin.hosts.koboldai import training
+
+        monkeypatch.setattr(training.sys, "executable", "/bin/false")
+        page.ask({"sp_title": "Rain", "sp_dataset": "texts"})
+        assert "ended by itself (exit status 1)" in page.hears("failed")["message"]
+        page.ask({"sp_title": "", "sp_dataset": "texts"})  # and another may begin
+        page.hears("failed", lambda status: "title" in status["message"])
+
+
+class TrainingPage:
+    def __init__(self, host):
+        self._client = host["socketio"].test_client(host["app"], query_string="?ui=2")
+        self._heard = []
+
+    def emit(self, event, payload=""):
+        self._client.emit(event, payload)
+
+    def ask(self, form):
+        self._hear()
+        self._heard.clear()
+        self.emit("create_new_softprompt", form)
+
+    def _hear(self):
+        self._heard += [
+            (each["name"], each["args"][0] if each["args"] else None) for each in self._client.get_received()
+        ]
+        return self._heard
+
+    def told(self):
+        return [payload for name, payload in self._hear() if name == "softprompt_training"][-1]
+
+    def notice(self):
+        return next(payload["text"] for name, payload in self._hear() if name == "show_error_notification")
+
+    def hears(self, state, when=lambda status: True, seconds=30):
+        def found():
+            told = [payload for name, payload in self._hear() if name == "softprompt_training"]
+            return [status for status in told if status["state"] == state and when(status)]
+
+        eventually(found, seconds)
+        return found()[-1]
 
 
 @pytest.mark.parametrize("seam", [seam.name for seam in UNITED if "." not in seam.name and seam.kind == "function"])
@@ -485,6 +633,7 @@ FAULTS = {
     "no list can be asked for": failing("kobold_sp_plugin.menu.Menu.sp_list_refresh"),
     "the status line fails": failing("kobold_sp_plugin.menu.Menu.status_line"),
     "no script for the page": failing("pathlib.Path.read_text"),
+    "no training can be asked for": failing(f"{UNITED_CLASS}._model_to_train"),
 }
 
 
@@ -501,6 +650,7 @@ def use(host):
         ("message", {"cmd": "splistrequest", "data": ""}),
         ("message", {"cmd": "spselect", "data": ""}),
         ("message", {"cmd": "sprequest", "data": ""}),
+        ("create_new_softprompt", {"sp_title": "Rain", "sp_dataset": ""}),
     ):
         if event in handlers:
             with host["app"].test_request_context(), contextlib.suppress(Exception):
@@ -512,6 +662,7 @@ def use(host):
     host.system.to_json()
     host["emit"]("from_server", {"cmd": "spstatitems", "data": {}}, room="UI_1")
     assert "the old page" in host["app"].view_functions["index"]()
+    assert "the new page" in host["app"].view_functions["new_ui_index"]()
     return host.text(), host["model"].raw_generate(PROMPT, 3), host["calcsubmit"](PROMPT)
 
 

@@ -578,6 +578,62 @@ class TestNewPage:
         (armed.softprompts / f"wide{filename}").unlink()
 
 
+class TestTrainingPage:
+    def test_the_form_trains_and_the_soft_prompt_is_in_the_list(self, make_host, open_page):
+        words = ["door", "rain", "clock", "wall", "word", "street", "night"]
+        texts = [f"The {a} and the {b} were gone, and {c} was all." for a in words for b in words for c in words[:3]]
+        with make_host(name="training") as host:
+            (host.place / "my texts").mkdir()
+            (host.place / "my texts" / "a.txt").write_text("<|endoftext|>".join(texts), encoding="utf-8")
+            page = open_page(host)
+
+            def fill(**form):
+                page.evaluate("openPopup('sp-trainer-popup')")
+                for name, text in form.items():
+                    page.fill(f"#sp_{name}", text)
+                picture(page, "united-training-form.png")
+                page.click("#sp-trainer-popup button:has-text('Ok')")
+
+            panel = page.locator("#softprompt-training")
+            fill(title="", dataset="my texts")
+            page.wait_for_function("document.getElementById('softprompt-training').innerText.includes('title')")
+            panel.locator("button").click()
+            fill(title="Gone", dataset="nowhere", author="Ada", description="<i>Rain</i>", prompt="All was gone")
+            page.wait_for_function(
+                "document.getElementById('softprompt-training').innerText.includes('no file or folder')",
+                timeout=120_000,
+            )
+            picture(page, "united-training-error.png")
+            fill(title="Gone", dataset="my texts")
+            page.wait_for_function(
+                "document.getElementById('softprompt-training').innerText.includes('loss')", timeout=180_000
+            )
+            assert host.generate()
+            picture(page, "united-training.png")
+            page.reload()
+            page.wait_for_function(
+                "document.getElementById('softprompt-training').innerText.includes('step')", timeout=60_000
+            )
+            page.click("#softprompt-training button")
+            page.wait_for_function(
+                "document.getElementById('softprompt-training').innerText.includes('Saved at step')", timeout=120_000
+            )
+            page.click("#softprompt-training button")
+            form = {"title": "Gone", "dataset": "my texts", "author": "Ada", "description": "<i>Rain</i>"}
+            fill(**form, prompt="All was gone")
+            page.wait_for_function(
+                "document.getElementById('softprompt-training').innerText.includes('Going on')", timeout=180_000
+            )
+            page.wait_for_selector("#sp option[value='Gone.zip']", state="attached", timeout=400_000)
+            page.wait_for_function(
+                "document.getElementById('softprompt-training').innerText.startsWith('Trained Gone')", timeout=60_000
+            )
+            page.add_style_tag(content="#message-popup { display: none }")
+            picture(page, "united-trained.png")
+            assert host.generate() != host.generate(soft_prompt="Gone.zip")
+            assert (host.place / "training" / "Gone" / "report.html").is_file()
+
+
 class TestOldPage:
     def open_menu(self, page):
         page.evaluate("$('#btn_softprompt').click()")

@@ -2,13 +2,13 @@ import numpy as np
 import pytest
 import torch
 from models import FAMILY, tiny_model, tiny_tokenizer
-from safetensors.numpy import load_file
 
 from kobold_sp_plugin import SoftPrompt, attach, errors
 from kobold_sp_plugin.softprompt import Order
 from kobold_sp_plugin.training.huggingface import TrainableSoftPrompt
 
 pytest.importorskip("accelerate")
+load_file = pytest.importorskip("safetensors.numpy").load_file
 transformers = pytest.importorskip("transformers", "4.57")
 
 TEXTS = [f"The door opened and the rain came in. Nobody said a word; {word}." for word in "abcdefghijklmnop"]

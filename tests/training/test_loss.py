@@ -15,10 +15,11 @@ def made(softcap=None, scale=1.0, bias=False, dtype=torch.float64):
     "options", [{}, {"softcap": 3.0}, {"scale": 0.25}, {"bias": True, "softcap": 2.0, "scale": 2.0}]
 )
 @pytest.mark.parametrize("per_chunk", [1, 7, 1000])
-def test_loss_and_gradient_are_those_of_the_whole_at_once(monkeypatch, options, per_chunk):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_loss_and_gradient_are_those_of_the_whole_at_once(monkeypatch, options, per_chunk, dtype):
     monkeypatch.setattr("kobold_sp_plugin.training.loss._CHUNK_VALUES", 50 * per_chunk)
-    head = made(**options)
-    hidden = torch.randn(20, 8, dtype=torch.float64, requires_grad=True)
+    head = made(**options, dtype=dtype)
+    hidden = torch.randn(20, 8, dtype=dtype, requires_grad=True)
     wanted = torch.randint(0, 50, (20,))
 
     whole = torch.nn.functional.cross_entropy(head.logits(hidden.detach().requires_grad_()), wanted, reduction="sum")
@@ -33,7 +34,27 @@ def test_loss_and_gradient_are_those_of_the_whole_at_once(monkeypatch, options, 
     loss.backward()
     assert torch.allclose(loss, expected.float(), rtol=1e-5)
     assert torch.allclose(whole, expected, rtol=1e-5)
+    assert hidden.grad.dtype is dtype
     assert torch.allclose(hidden.grad, reference.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_in_half_precision_the_gradient_is_that_of_float32():
+    torch.manual_seed(0)
+    weight, wanted = 0.02 * torch.randn(100_000, 8), torch.arange(5)
+    hidden = torch.randn(5, 8)
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        state = hidden.detach().clone().to(dtype).requires_grad_()
+        cross_entropy(Head(weight.to(dtype), None, 1.0, None), state, wanted).backward()
+        gradients.append(state.grad.float().flatten())
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99
+
+
+def test_a_batch_in_which_nothing_is_learned_has_no_loss():
+    hidden = torch.zeros(0, 8, dtype=torch.float64, requires_grad=True)
+    loss = cross_entropy(made(), hidden, torch.zeros(0, dtype=torch.long))
+    loss.backward()
+    assert loss.item() == 0.0 and hidden.grad.shape == (0, 8)
 
 
 def test_the_gradient_from_above_counts():

@@ -101,3 +101,11 @@ def test_a_missing_or_empty_folder_is_named(tmp_path):
         of(tmp_path / "missing")
     with pytest.raises(errors.NoData, match="Put the texts"):
         of(tmp_path)
+
+
+def test_a_folder_that_is_not_there_is_said_with_what_was_meant(tmp_path):
+    (tmp_path / "drive" / "Dataset").mkdir(parents=True)
+    with pytest.raises(errors.NoData, match=r"In .*drive is no dataset; did you mean Dataset\?"):
+        list(passages(tmp_path / "drive" / "dataset"))
+    with pytest.raises(errors.NoData, match=r"is no gone\. Check the path"):
+        list(passages(tmp_path / "gone" / "dataset"))

@@ -72,7 +72,7 @@ class Elsewhere:
     alive = True
 
     def __init__(self, name: str, refusal: str):
-        self.name = name
+        self.name, self.refusal = name, refusal
         self._facts = ModelFacts(name, refusal=refusal)
 
     def facts(self) -> ModelFacts:
@@ -122,9 +122,9 @@ class Attachment:
         self.session = Session(softprompts_folder())
         self._undo.callback(self.session.close)
         try:
+            self.session.subscribe(self._show)  # first: when a page is told, the host's variables are set
             self.menu = Menu(self.session, self._emit)
             self._undo.callback(self.menu.close)
-            self.session.subscribe(self._show)
             self.session.watch()
             self._hook()
             self._socketio.start_background_task(self.menu.relay, self._socketio.sleep)

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Tuple
 from urllib.parse import parse_qs
 
-from ...errors import HostError, SoftPromptError
+from ...errors import HostError, NoModel, SoftPromptError
 from ...menu import OLD_UI, UI2
 from ...patching import patch
-from .attachment import Attachment, Elsewhere, Seam, shown
+from .attachment import Attachment, Elsewhere, Seam, events_of, shown
+from .training import Trainings, arguments
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +100,16 @@ UNITED: Tuple[Seam, ...] = (
     Seam("event", "load_softprompt", "Selects, and answers the client that asked.", "_load_softprompt"),
     Seam("event", "sp_list_refresh", "Reads the folder again and answers the client that asked.", "_refresh"),
     Seam("event", "load_softprompt_list", "Sends the popup, with names where the host sends paths.", "_popup"),
+    Seam(
+        "event",
+        "create_new_softprompt",
+        "Trains with our trainer, in a process of its own; the host's own fails at its first line.",
+        "_train",
+    ),
     Seam("view", "index", "Adds a script to the old page: an open menu follows the folder.", "_page"),
+    Seam(
+        "view", "new_ui_index", "Adds a script to the new page: how a training goes, and a way to end it.", "_new_page"
+    ),
 )
 
 BACKEND: Tuple[Seam, ...] = (
@@ -152,6 +162,8 @@ REFUSALS = {
 
 _OPTIONAL = ("patch_embedding",)
 _PAGES = {"1": (OLD_UI,), "2": (UI2,)}
+_CANCEL = "softprompt_training_cancel"
+_NEW_SCRIPT = Path(__file__).with_name("united.js")
 
 
 class United(Attachment):
@@ -162,6 +174,8 @@ class United(Attachment):
 
     def __init__(self, host: Dict[str, Any]):
         self._system = vars(host[self.VARIABLES]._system_settings)
+        self._loads = 0
+        """Loads under way: the host begins one by itself at its start, and a user may not wait for it."""
         self._hosts_own = False
         """Whether the backend is a TPU's, which the host gives soft prompts with code of its own."""
         saved = self._system["spfilename"]
@@ -175,6 +189,8 @@ class United(Attachment):
         ]
         if missing or not host["model_backends"]:
             raise HostError(f"this is not a KoboldAI that the hook knows: {'; '.join(missing) or 'no backends'}")
+        self._new_script = f"<script>\n{_NEW_SCRIPT.read_text(encoding='utf-8')}</script>\n"
+        self.trainings = Trainings(self._tell_of_training)
         super().__init__(host)
         self._show_none()
         self._system["allowsp"] = False
@@ -185,6 +201,7 @@ class United(Attachment):
 
         backend: Any = self._host.get("model")
         is_ours, engine = self._serves, self._engine
+        self.trainings.cancel()
         super().undo()
         model = _model_of(backend)
         if engine is not None and model is not None:
@@ -201,6 +218,9 @@ class United(Attachment):
             for seam in BACKEND:
                 if hasattr(backend, seam.name):
                     self._undo.callback(patch(backend, seam.name, self._guarded(seam)).undo)
+        events = events_of(self._host)
+        events[_CANCEL] = lambda *_: self.trainings.cancel()
+        self._undo.callback(events.pop, _CANCEL, None)
         super()._hook()
 
     @property
@@ -220,21 +240,26 @@ class United(Attachment):
 
     def _load_model(self, original: Callable[..., Any], model_backend: str, *args: Any, **kwargs: Any) -> Any:
         refusal = "this model could not be loaded"
-        with contextlib.ExitStack() as self._loading:
+        self._loads += 1
+        with contextlib.ExitStack() as loading:
             try:
-                self._let_go(self._loading)
+                self._let_go(loading)
                 result = original(model_backend, *args, **kwargs)
                 refusal = ""
                 return result
             finally:
-                self._loading = None
-                self._loaded(model_backend, refusal)
+                self._loads -= 1
+                # The host's first load may end in the middle of a user's, and would tell of a model half loaded.
+                if not self._loads:
+                    self._loaded(refusal)
 
-    def _loaded(self, backend_name: str, refusal: str) -> None:
+    def _loaded(self, refusal: str) -> None:
         """Take in what the host has loaded; where nothing is selected, select what the user chose last."""
         if self._has_left:
             return
         backend: Any = self._host.get("model")
+        backends = self._host["model_backends"]
+        backend_name = next((name for name, each in backends.items() if each is backend), "")
         self._hosts_own = not refusal and bool(backend.capabilties.uses_tpu)
         if self._hosts_own:
             self.session.use(None)
@@ -275,7 +300,7 @@ class United(Attachment):
     def _select(self, original: Callable[[str], Any], filename: str) -> Any:
         if not self._serves:
             return original(filename)
-        if self._loading is not None:
+        if self._loads:
             return None  # from settings of another release; what was chosen last is selected afterwards
         try:
             self.session.select(filename.strip())
@@ -369,7 +394,10 @@ class United(Attachment):
         answer = original(client, environ, *args)
         query = parse_qs(environ.get("QUERY_STRING", ""))
         if answer is not False and "rely" not in query:
-            self.menu.connected(client, _PAGES.get(query.get("ui", [""])[0], ()))
+            rooms = _PAGES.get(query.get("ui", [""])[0], ())
+            self.menu.connected(client, rooms)
+            if UI2 in rooms and self.trainings.status["state"] != "none":
+                self._socketio.emit("softprompt_training", self.trainings.status, to=client)
         return answer
 
     def _message(self, original: Callable[..., Any], client: str, *args: Any) -> Any:
@@ -387,6 +415,52 @@ class United(Attachment):
 
     def _popup(self, original: Callable[..., Any], client: str, *args: Any) -> Any:
         return self.menu.load_softprompt_list(client) if self._serves else original(client, *args)
+
+    def _new_page(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        page = original(*args, **kwargs)
+        return page.replace("</body>", f"{self._new_script}</body>", 1) if isinstance(page, str) else page
+
+    # Training
+
+    def _train(self, original: Callable[..., Any], client: str, *args: Any) -> Any:
+        request = args[0] if args else None
+        name = str(request.get("sp_title") or "") if isinstance(request, dict) else ""
+        try:
+            model, precision = self._model_to_train()
+            folder = self.session.catalogue.folder.absolute()
+            follow = self.trainings.start(
+                name, lambda place: arguments(request, model, precision, folder, place / "initial.txt")
+            )
+        except SoftPromptError as error:
+            told = {"state": "failed", "name": name, "message": str(error)}
+            if self.trainings.is_running:  # whose progress stays shown
+                self._socketio.emit("show_error_notification", {"title": "Not trained", "text": str(error)}, to=client)
+            else:
+                self._socketio.emit("softprompt_training", told, to=client)
+            return None
+        self._socketio.start_background_task(follow, self._socketio.sleep)
+        return None
+
+    def _model_to_train(self) -> Tuple[str, str]:
+        """The folder, or the name on the hub, of the model in use, and the precision to load it in."""
+        backend: Any = self._host.get("model")
+        model = _model_of(backend)
+        if self._engine is None or model is None:
+            why = getattr(self.session.engine, "refusal", "no model is loaded")
+            raise NoModel(f"A soft prompt is trained for the model in use, and that cannot be: {why}.")
+        is_packed = [name for name in ("8bit", "4bit") if getattr(model, f"is_loaded_in_{name}", False)]
+        precision = is_packed[0] if is_packed else "auto"
+        local: Any = getattr(backend, "get_local_model_path", lambda: None)()
+        for path in (local, model.name_or_path):
+            if path and Path(path).is_dir():
+                return str(Path(path).absolute()), precision
+        return str(model.name_or_path), precision
+
+    def _tell_of_training(self, status: Dict[str, Any]) -> None:
+        if not self._has_left:
+            self._socketio.emit("softprompt_training", status, to=UI2)
+        if status["state"] == "done":
+            self.session.refresh()
 
     def _choose(self, handler: Callable[..., None], *args: Any) -> None:
         before = self.session.selection

@@ -455,6 +455,16 @@ def index():
     return "<html><body>the old page</body></html>"
 
 
+@app.route("/")
+def new_ui_index():
+    return "<html><body>the new page</body></html>"
+
+
+@socketio.on("create_new_softprompt")
+def create_new_softprompt(data):
+    raise ModuleNotFoundError("breakmodel")
+
+
 def relay():
     while True:
         try:

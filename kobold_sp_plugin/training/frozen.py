@@ -1,0 +1,59 @@
+"""A model as training has it: frozen, and with no more kept for the backward pass than it takes."""
+
+from functools import partial
+from typing import Any, Callable, Sequence
+
+import torch
+import torch.utils.checkpoint
+
+from ..patching import patch
+
+_UNFUSED = ("NewGELUActivation", "FastGELUActivation") if torch.__version__ >= (1, 12) else ()
+"""Transformers' tanh approximation of GELU (GPT-2, GPT-Neo, GPT-J ...), step by step: eight operators, most of which
+keep a tensor of the width of the layer's inside. In torch 1.11 there is no such operator."""
+
+
+def frozen(model: Any, checkpoint_layers: bool) -> Callable[[], None]:
+    """Freeze ``model``, in place and in evaluation mode; returns what takes that back.
+
+    With ``checkpoint_layers`` its layers keep nothing but their input for the backward pass.
+    """
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    modes = [module for module in model.modules() if module.training]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    model.eval()
+    hooks = [patch(module, "forward", _gelu) for module in model.modules() if type(module).__name__ in _UNFUSED]
+    if checkpoint_layers:
+        hooks += [patch(layer, "forward", _recomputed) for layer in _layers(model)]
+
+    def restore() -> None:
+        for hook in hooks:
+            hook.undo()
+        for parameter in learning:
+            parameter.requires_grad_(True)
+        for module in modes:
+            module.training = True
+
+    return restore
+
+
+def _layers(model: Any) -> Sequence[Any]:
+    """The model's layers: the longest list of modules of one class."""
+    lists = [list(each) for each in model.modules() if isinstance(each, torch.nn.ModuleList)]
+    return max((each for each in lists if len({type(layer) for layer in each}) == 1), key=len, default=[])
+
+
+def _recomputed(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """A layer that keeps nothing for the backward pass but its input.
+
+    The models' own gradient checkpointing is off in evaluation mode, and training mode would bring dropout.
+    """
+    if not torch.is_grad_enabled():
+        return original(*args, **kwargs)
+    return torch.utils.checkpoint.checkpoint(partial(original, **kwargs), *args, use_reentrant=False)
+
+
+def _gelu(original: Any, values: torch.Tensor) -> torch.Tensor:
+    """The same function as one operator, which keeps its input alone."""
+    return torch.nn.functional.gelu(values, approximate="tanh")
