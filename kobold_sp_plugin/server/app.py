@@ -19,6 +19,7 @@ from ..menu import OLD_UI, UI2, Menu
 from ..session import Session
 from .api import add_api
 from .fields import LONGEST_BODY, InvalidRequest, read_generation
+from .files import add_files
 from .generation_queue import Generation, GenerationQueue, describe
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class Server:
         self.app.add_url_rule("/", view_func=self._page)
         self.app.after_request(_harden)
         add_api(self.app, session, self.queue)
+        add_files(self.app, session)
         self.socketio = SocketIO(
             self.app,
             async_mode="threading",
