@@ -1,6 +1,7 @@
 """The generation adapter: soft tokens between the decoding loop and the model, and nowhere else."""
 
 import inspect
+import sys
 import threading
 import weakref
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from ..compatibility import context_of
 from ..errors import ContextExceeded, UnsupportedCall
 from ..patching import Patch, patch
 from .columns import grow_mask, insert_columns, start_of_text
+from .conversation import Conversation, Conversations
 from .embedding import has_encoder
 from .prefix import Prefixes
 from .rows import Rows
@@ -65,8 +67,9 @@ ENCODER_SEAMS = (
 class Generation:
     """What one call of ``generate`` is doing; its soft prompts are a snapshot."""
 
-    def __init__(self, rows: Rows, reads_all: bool):
+    def __init__(self, rows: Rows, reads_all: bool, conversation: Optional[Conversation] = None):
         self.rows = rows
+        self.conversation = conversation
         self.has_read_prompt = False
         self.inserted = False
         """The ids that the loop hands over already hold the soft tokens (a prompt that is read in chunks)."""
@@ -99,6 +102,7 @@ class GenerationAdapter:
         self._thread = threading.local()
         self._lock = threading.Lock()
         self._prefixes = Prefixes()
+        self.conversations = Conversations()
         self.running = 0
         """Calls of ``generate`` with soft prompts that have not ended."""
         self.patches: List[Tuple[Any, Patch]] = [
@@ -121,7 +125,7 @@ class GenerationAdapter:
             # What somebody reads between two steps may hold soft tokens; after an encoder nobody reads any.
             generation.decoding = self._has_encoder
             return None
-        return generation.rows
+        return generation.rows if generation.rows.n_tokens else None
 
     def insert(self, rows: Rows, input_ids: torch.Tensor, grown_mask: Optional[torch.Tensor]) -> torch.Tensor:
         """``input_ids`` with the soft tokens in their place; ``grown_mask`` has room for them, None: no padding."""
@@ -149,22 +153,37 @@ class GenerationAdapter:
             if last:
                 self._ended()
 
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        """Have this thread's generations inside the ``with`` block begin with what ``conversations`` keeps."""
+        before = getattr(self._thread, "remembers", False)
+        self._thread.remembers = True
+        try:
+            yield
+        finally:
+            self._thread.remembers = before
+
     # The call
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         rows = self._chosen()
-        if rows is None:
+        reads_all = self._model_type in READ_ALL
+        remembers = getattr(self._thread, "remembers", False) and not reads_all and not self._has_encoder
+        if rows is None and not remembers:
             with self._in_generation(None):
                 return original(*args, **kwargs)
+        if rows is None:
+            return self._generate_text(original, *args, **kwargs)
         self._check()
         stands_in = self._is_without_text(args, kwargs)
         if stands_in:
             rows = rows.in_place_of_text()
             args, kwargs = (), self._with_a_stand_in(args, kwargs)
         kwargs = self._with_room_for(rows, args, kwargs)
-        generation = Generation(rows, self._model_type in READ_ALL)
+        generation = Generation(rows, reads_all, Conversation(self.conversations, rows) if remembers else None)
         with self._in_generation(generation):
             result = original(*args, **kwargs)
+            self._remember(generation)
         if not generation.has_read_prompt:
             raise UnsupportedCall(
                 "the soft prompt was not read: somebody has replaced prepare_inputs_for_generation since attach()"
@@ -175,6 +194,20 @@ class GenerationAdapter:
             return result[:, 1:]
         result.sequences = result.sequences[:, 1:]
         return result
+
+    def _generate_text(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The call as it is, without soft tokens, so that what it reads is remembered."""
+        rows = Rows((), sys.maxsize, self._model())  # no id is a soft token's
+        generation = Generation(rows, False, Conversation(self.conversations, rows))
+        with self._in_generation(generation):
+            result = original(*args, **kwargs)
+            self._remember(generation)
+        return result
+
+    def _remember(self, generation: Generation) -> None:
+        if generation.conversation is not None:
+            generation.decoding = False
+            generation.conversation.end(self._model(), lambda ids: self.insert(generation.rows, ids, None))
 
     def _is_without_text(self, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> bool:
         ids = _ids_of(args, kwargs)
@@ -314,13 +347,22 @@ class GenerationAdapter:
             if positions is not None:  # 4.44 to 4.57 would take the ids at these positions, past the text's end
                 new_ids = input_ids[:, -positions.shape[0] :]
             generation.decoding = True
-            return original(new_ids, *args, **kwargs)
-        inputs = original(self.insert(generation.rows, input_ids, mask), *args, **kwargs)
-        generation.decoding = not generation.has_read_prompt and self._prefixes.shorten(
-            self._model(), generation.rows, inputs, mask
-        )
+            inputs = original(new_ids, *args, **kwargs)
+        else:
+            inputs = original(self.insert(generation.rows, input_ids, mask), *args, **kwargs)
+            generation.decoding = not generation.has_read_prompt and self._begins_later(generation, inputs, mask)
         generation.has_read_prompt = True
+        if generation.conversation is not None:
+            generation.conversation.step(input_ids, caches[0] if caches else None)
         return inputs
+
+    def _begins_later(self, generation: Generation, inputs: Dict[str, Any], mask: Optional[torch.Tensor]) -> bool:
+        """Change ``inputs``, in place, to begin behind what a cache holds; whether all soft tokens are among that."""
+        model = self._model()
+        if generation.conversation is not None and generation.conversation.begin(model, inputs, mask):
+            return True
+        rows = generation.rows
+        return bool(rows.n_tokens) and self._prefixes.shorten(model, rows, inputs, mask)
 
     def _encode(self, original: Callable[..., Any], inputs_tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         generation = self._generation
