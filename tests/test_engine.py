@@ -3,6 +3,7 @@ import threading
 import time
 import weakref
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -266,10 +267,32 @@ class TestBudget:
         settings = {"prompt": self.LONG, "memory": "The clock.", "max_length": 20, "max_context_length": asked}
         ids, _ = self.seen_by(model, engine, softprompts=softprompts, **settings)
         memory, story = tokenizer("The clock.")["input_ids"], tokenizer(self.LONG)["input_ids"]
-        assert len(ids) == min(asked or 128, 128) - n_soft - 20
+        room = min(asked or 128, 128) - n_soft - 20
+        assert room - (room - len(memory)) // 8 < len(ids) <= room
         assert ids[: len(memory)] == memory and ids[0] == tokenizer.bos_token_id
         kept = ids[len(memory) :]
         assert kept == story[-len(kept) :]
+
+    def test_the_beginning_goes_by_the_eighth_so_that_turns_begin_alike(self, engine, tokenizer):
+        begins, sizes, words = [], [], self.LONG
+        for turn in range(60):
+            words += f" the clock {turn}"
+            ids = engine._fit(GenerationSettings(words, memory="The clock.", max_length=20), 5)
+            begins.append(tuple(ids[:40]))
+            sizes.append(len(ids))
+        story = len(tokenizer(words)["input_ids"]) - len(tokenizer(self.LONG)["input_ids"])
+        room = 128 - 5 - 20
+        eighth = (room - len(tokenizer("The clock.")["input_ids"])) // 8
+        assert len(set(begins)) <= story // eighth + 2
+        assert all(room - eighth < size <= room for size in sizes)
+
+    @pytest.mark.parametrize("room", range(1, 20))
+    def test_the_last_token_of_the_story_always_stays(self, engine, room):
+        settings = GenerationSettings(self.LONG, memory="The clock.", max_length=1)
+        head, ids = engine._ids("The clock."), engine._ids("The clock." + self.LONG)
+        fitted = engine._fit(replace(settings, max_context_length=len(head) + room + 1), 0)
+        assert fitted[: len(head)] == head and fitted[len(head) :] == ids[len(head) - len(fitted) :]
+        assert len(head) < len(fitted) <= len(head) + room
 
     def test_the_last_token_still_fits(self, engine):
         settings = {"prompt": self.LONG, "max_length": 100, "softprompts": [softprompt()]}

@@ -171,6 +171,10 @@ class TransformersEngine:
         Waits for the forward pass of a measurement, never for a generation.
         """
         with self._measuring:
+            model = self._model()
+            handle = None if model is None else attached(model)
+            if handle is not None:
+                handle.forget()
             self._model = _gone
 
     @property
@@ -340,6 +344,25 @@ class TransformersEngine:
         settings: GenerationSettings,
         watcher: "_Watcher",
     ) -> None:
+        try:
+            output = self._generated(handle, softprompts, ids, settings, watcher)
+        except (RuntimeError, MemoryError):
+            # What is kept of earlier texts must never be why there is no memory for this one.
+            if not handle.forget() or watcher.n_new:
+                raise
+            output = None
+        if output is None:  # not before: an error that is being handled holds on to tensors
+            output = self._generated(handle, softprompts, ids, settings, watcher)
+        watcher.see(output)  # an end-of-sequence token ends the loop before the criterion is asked
+
+    def _generated(
+        self,
+        handle: SoftTokens,
+        softprompts: Sequence[SoftPrompt],
+        ids: List[int],
+        settings: GenerationSettings,
+        watcher: "_Watcher",
+    ) -> torch.Tensor:
         model = self._existing()
         device = _device_of(model)
         input_ids = torch.tensor([ids], device=device)
@@ -347,18 +370,18 @@ class TransformersEngine:
         seed = secrets.randbits(63) if settings.seed is None else settings.seed
         with _RANDOM, handle.override(softprompts), torch.no_grad(), torch.random.fork_rng(devices=gpus):
             torch.manual_seed(seed)  # torch draws from one stream per process; it is given back as it was
-            output = model.generate(
-                input_ids=input_ids,
-                attention_mask=torch.ones_like(input_ids),
-                max_new_tokens=settings.max_length,
-                num_beams=1,
-                num_return_sequences=1,
-                return_dict_in_generate=False,
-                pad_token_id=self._pad_id(),
-                stopping_criteria=StoppingCriteriaList([watcher]),
-                **self._sampling(settings, len(ids)),
-            )
-        watcher.see(output)  # an end-of-sequence token ends the loop before the criterion is asked
+            with handle.remembering():  # a story is sent whole each turn; only what is new in it has to be read
+                return model.generate(
+                    input_ids=input_ids,
+                    attention_mask=torch.ones_like(input_ids),
+                    max_new_tokens=settings.max_length,
+                    num_beams=1,
+                    num_return_sequences=1,
+                    return_dict_in_generate=False,
+                    pad_token_id=self._pad_id(),
+                    stopping_criteria=StoppingCriteriaList([watcher]),
+                    **self._sampling(settings, len(ids)),
+                )
 
     def _sampling(self, settings: GenerationSettings, n_prompt: int) -> Dict[str, Any]:
         """How ``generate`` draws: with our own samplers; those of the model's own configuration are off."""
@@ -385,7 +408,11 @@ class TransformersEngine:
         return self._texts
 
     def _fit(self, settings: GenerationSettings, n_soft: int) -> List[int]:
-        """The ids to continue: all of the text, or as much of the story's end as the context has room for."""
+        """The ids to continue: all of the text, or as much of the story's end as the context has room for.
+
+        The beginning of a story that is too long goes by the eighth of its room: the next turns then begin like
+        this one, until the story has grown by an eighth, and what they have in common need not be read again.
+        """
         ids = self._ids(settings.memory + settings.prompt)
         limits = [limit for limit in (self._context, settings.max_context_length) if limit is not None]
         if not limits:
@@ -401,7 +428,9 @@ class TransformersEngine:
                 f"A context of {min(limits)} tokens has no room for the story beside {soft}{memory}"
                 f"{settings.max_length} of new text."
             )
-        return head + ids[len(head) - room :]
+        step = max(1, (room - len(head)) // 8)
+        steps = -(-(len(ids) - room) // step)
+        return head + ids[len(head) + steps * step :]
 
     def _ids(self, text: str) -> List[int]:
         """Ids of ``text`` behind what the tokenizer begins a text with; never none."""
