@@ -168,7 +168,7 @@ class TestKoboldAPI:
     def test_generate(self, ask, prefix, engine):
         answer = ask("POST", f"{prefix}/generate", {**GREEDY, "quiet": True, "unknown": [1], "tfs": 1, "top_a": 0})
         expected = "".join(engine.generate(GenerationSettings("The door opened and", max_length=20, temperature=0)))
-        assert answer.json == {"results": [{"text": expected}]}
+        assert answer.json == {"results": [{"text": expected, "finish_reason": "length"}]}
 
     def test_a_soft_prompt_for_one_request(self, ask, prefix, session):
         def text(**fields):
@@ -258,7 +258,7 @@ class TestGenerate:
         assert answer.status == 413 and answer.json["detail"]["type"] == "request_entity_too_large"
 
     def test_what_cannot_fit_is_422_with_the_numbers(self, ask):
-        answer = ask("POST", "/api/v1/generate", {**GREEDY, "max_length": 512, "soft_prompt": "noir.zip"})
+        answer = ask("POST", "/api/v1/generate", {**GREEDY, "memory": "The clock. " * 200, "soft_prompt": "noir.zip"})
         assert answer.status == 422
         assert answer.json["detail"]["type"] == "context_exceeded" and "512" in answer.json["detail"]["msg"]
 
@@ -270,10 +270,10 @@ class TestGenerate:
         assert answer.json["detail"] == {"msg": "ZeroDivisionError: division by zero", "type": "server_error"}
         assert ask("POST", "/api/v1/generate", GREEDY).status == 200
 
-    def test_without_a_model_it_is_503(self, ask, session):
+    def test_without_a_model_it_is_501(self, ask, session):
         session.use(None)
         answer = ask("POST", "/api/v1/generate", GREEDY)
-        assert answer.status == 503 and answer.json["detail"]["type"] == "service_unavailable"
+        assert answer.status == 501 and answer.json["detail"]["type"] == "not_implemented"
         assert ask("GET", "/api/v1/model").json == {"result": "ReadOnly"}
 
     def test_a_queued_request_keeps_the_soft_prompts_of_its_moment(self, ask, server, session, model):
