@@ -61,7 +61,7 @@ class Server:
         self.app.add_url_rule("/", view_func=self._page)
         self.app.after_request(_harden)
         add_api(self.app, session, self.queue, self._characters, protected=key is not None)
-        add_files(self.app, session)
+        add_files(self.app, session, self._characters)
         self.socketio = SocketIO(
             self.app,
             async_mode="threading",

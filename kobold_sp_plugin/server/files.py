@@ -27,6 +27,7 @@ from ..errors import (
 from ..inspection import inspect
 from ..session import Session
 from ..softprompt import own_metadata
+from .characters import Characters
 from .fields import InvalidRequest, read_object
 from .folder import Folder, stem_of
 
@@ -34,7 +35,7 @@ _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 _LONGEST_NAME = 500
 
 
-def add_files(app: Flask, session: Session) -> None:
+def add_files(app: Flask, session: Session, characters: Characters) -> None:
     """Add the routes; each change of the folder is told to every client before it is answered."""
     folder = Folder(session.catalogue.folder)
     looking = threading.Lock()
@@ -82,6 +83,9 @@ def add_files(app: Flask, session: Session) -> None:
         now = folder.rename(filename, to, name)
         if now != filename and filename in selected:
             session.select([now if each == filename else each for each in selected])
+        for character, filenames in characters.all().items():
+            if now != filename and filename in filenames:
+                characters.keep(character, [now if each == filename else each for each in filenames])
         return {"filename": now, "entry": entry(now)}
 
     @files.delete("/files/<filename>")

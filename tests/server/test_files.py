@@ -175,12 +175,17 @@ def test_the_name_is_made_here(client, path, tmp_path, asked, made):
 
 def test_a_file_is_renamed_and_the_selection_goes_with_it(client, path, session):
     session.select(["space.zip", "noir.zip"])
+    characters = "/api/extra/softprompts/characters"
+    assert (
+        client.put(characters, json={"character": "Rita", "soft_prompt": ["noir.zip", "space.zip"]}).status_code == 200
+    )
     answer = client.patch(f"{FILES}/noir.zip", json={"filename": "Black rain.zip", "name": " Black rain "})
     assert answer.status_code == 200 and answer.json["filename"] == "Black rain.zip"
     assert answer.json["entry"]["name"] == "Black rain"
     assert names(path) == ["Black rain.zip", "broken.zip", "space.zip"]
     assert session.selection == ("space.zip", "Black rain.zip")
     assert not session.status()["notice"]
+    assert client.get(characters).json == {"characters": {"Rita": ["Black rain.zip", "space.zip"]}}
     assert SoftPrompt.load(path / "Black rain.zip").metadata["author"] == "A"
 
     assert client.patch(f"{FILES}/space.zip", json={"filename": "Space.zip"}).json["filename"] == "Space.zip"

@@ -1,5 +1,6 @@
 /* The page of the embedded host: the header, and what begins it all. */
 
+import "./characters.js";
 import "./compare.js";
 import { byId, effectText, plural, tell } from "./dom.js";
 import { loseAll } from "./generation.js";
