@@ -52,13 +52,9 @@ function drawItem(item, filename, at, count) {
   say(down, `Move ${name} down`);
   say(off, `Take ${name} off`);
   up.hidden = down.hidden = count < 2;
-  const focused = document.activeElement;
   up.disabled = !isConnected() || at === 0;
   down.disabled = !isConnected() || at === count - 1;
   off.disabled = !isConnected();
-  // A button that can go no further gives the keyboard's place to the one that can go back.
-  if (focused === up && up.disabled) down.focus();
-  if (focused === down && down.disabled) up.focus();
 }
 
 /** The bar: soft tokens, what may be written next, and the rest, of the model's context. */
@@ -103,7 +99,11 @@ function draw() {
     if (list.children[at] !== item) list.insertBefore(item, list.children[at] ?? null);
     drawItem(item, filename, at, selection.length);
   });
-  if (list.contains(focused) && document.activeElement !== focused && !focused.disabled) focused.focus();
+  if (list.contains(focused)) {
+    // What is moved loses the focus; a button that can go no further gives it to the one that can go back.
+    const able = focused.disabled ? focused.closest("li").querySelector("button:not(:disabled)") : focused;
+    if (document.activeElement !== able) able?.focus();
+  }
   drawBudget();
 }
 
