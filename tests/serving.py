@@ -46,13 +46,15 @@ def asking(server):
 
 
 @contextmanager
-def hanging(server, path, body, wait=True):
-    """A request whose answer nobody reads; ``wait``: until its status has come."""
+def reading(server, path, body):
+    """A response that has begun; its client hangs up in the end, whether it has read everything or not."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    connection.request("POST", path, json.dumps(body).encode())
+    response = connection.getresponse()
     try:
-        connection.request("POST", path, json.dumps(body).encode())
-        yield connection.getresponse() if wait else None
+        yield response
     finally:
+        response.close()
         connection.close()
 
 
