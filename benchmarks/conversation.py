@@ -131,7 +131,8 @@ def main():
             second[name].append([t / f for t, f in zip(then, first)])
             assert read == (SAID + 1 if name == "reuse" else 2000 + NEW + SAID), read
         assert written["reuse"] == written["reading all again"]
-    print("\n| second turn of 2,000 tokens, ratio to the first | CPU | quartiles | wall | quartiles |\n|---|---|---|---|---|")
+    print("\n| second turn of 2,000 tokens, ratio to the first | CPU | quartiles | wall | quartiles |")
+    print("|---|---|---|---|---|")
     for name, values in second.items():
         print(f"| {name} | {quartiles([cpu for cpu, _ in values])} | {quartiles([wall for _, wall in values])} |")
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import transformers
 from models import FAMILY, tiny_model, tiny_tokenizer
 
 from kobold_sp_plugin import SoftPrompt, attach
@@ -18,6 +19,7 @@ from kobold_sp_plugin.engines.transformers import PROBES, TransformersEngine, _T
 from kobold_sp_plugin.errors import ContextExceeded, ModelError, NoModel, UnsupportedCall
 
 GREEDY = {"temperature": 0.0}
+RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 
 
 def softprompt(seed=0, n_tokens=5, width=32):
@@ -456,6 +458,86 @@ class TestText:
         pieces, maker = fed(text, stops)
         assert "".join(pieces) == expected
         assert maker.ended == (expected != text)
+
+
+@pytest.mark.skipif(RELEASE < (4, 54), reason="few models of this release have a cache that can be cut")
+class TestConversation:
+    """A story is sent as a whole each turn, and only what is new in it is read."""
+
+    STORY = "The door opened and the rain came in. "
+
+    def read_by(self, model, act):
+        """Positions of each forward pass."""
+        embedding, read = model.get_input_embeddings(), []
+        inner = vars(embedding)["forward"]
+        vars(embedding)["forward"] = lambda ids, *args, **kwargs: (
+            read.append(ids.shape[1]),
+            inner(ids, *args, **kwargs),
+        )[1]
+        try:
+            act()
+        finally:
+            vars(embedding)["forward"] = inner
+        return read
+
+    @pytest.mark.parametrize("softprompts", [(), (softprompt(),)], ids=["plain", "with a soft prompt"])
+    def test_turns_read_what_is_new_and_write_what_they_would(self, engine, model, tokenizer, softprompts):
+        story = self.STORY
+        for turn in range(4):
+            attach(model).forget()
+            expected = text_of(engine, story, softprompts, max_length=8, **GREEDY)
+            again = self.read_by(model, lambda: text_of(engine, story, softprompts, max_length=8, **GREEDY))  # noqa: B023
+            assert again == [1] * 8, "all of it was read already"
+            assert text_of(engine, story, softprompts, max_length=8, **GREEDY) == expected
+            story += expected + f" Nobody said a word. {turn}"
+
+    def test_a_text_that_is_tokenised_anew_is_read_from_where_it_differs(self, engine, model, tokenizer):
+        text_of(engine, self.STORY, **GREEDY)
+        ids = engine._ids(self.STORY)
+        changed = engine._ids(self.STORY + "s")
+        common = next(at for at, pair in enumerate(zip([*ids, None], changed)) if pair[0] != pair[1])
+        read = self.read_by(model, lambda: text_of(engine, self.STORY + "s", **GREEDY))
+        assert read[0] <= len(changed) - common
+        attach(model).forget()
+        expected = text_of(engine, self.STORY + "s", **GREEDY)
+        text_of(engine, self.STORY, **GREEDY)
+        assert text_of(engine, self.STORY + "s", **GREEDY) == expected
+
+    def test_past_a_full_context_most_turns_read_what_is_new(self, engine, model):
+        story, reads = self.STORY * 6, []
+        settings = {"max_length": 2, "memory": "The clock.", "softprompts": [softprompt()], **GREEDY}
+        text_of(engine, story, **settings)
+        for _ in range(20):
+            story += " the"
+            written = []
+            read = self.read_by(model, lambda: written.append(text_of(engine, story, **settings)))  # noqa: B023
+            reads.append(max(read))
+            story += written[0]
+        assert sum(read > 80 for read in reads) in range(2, 9), "where the beginning is cut, all is read"
+        assert sum(read < 10 for read in reads) >= 12
+
+    def test_what_is_kept_is_never_why_there_is_no_memory(self, engine, model):
+        expected = text_of(engine, self.STORY, **GREEDY)
+        text_of(engine, "Nobody", **GREEDY)
+        kept = attach(model)._adapter.conversations._kept
+        assert len(kept) == 2
+        forward = vars(model).get("forward", model.forward)
+
+        def runs_out(*args, **kwargs):
+            if len(kept):
+                raise RuntimeError("out of memory")
+            return forward(*args, **kwargs)
+
+        vars(model)["forward"] = runs_out
+        try:
+            assert text_of(engine, self.STORY, **GREEDY) == expected
+        finally:
+            del vars(model)["forward"]
+
+    def test_an_engine_that_is_closed_keeps_nothing(self, engine, model):
+        text_of(engine, self.STORY)
+        engine.close()
+        assert not attach(model).forget()
 
 
 def test_a_model_that_was_detached_is_left_alone(engine, model):

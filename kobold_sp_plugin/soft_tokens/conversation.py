@@ -144,8 +144,10 @@ class Conversations:
             n = length - _PROBE_BEHIND
             if n < 1:
                 raise NotExact(f"{length} tokens are too few for a probe")
+            other = sliced(probe, slice(0, None))
+            other["input_ids"][:, n:] = other["input_ids"][:, :1]  # what follows must not be seen by what stands before
             try:
-                part = cut(computed(model, probe, length), length, n)
+                part = cut(computed(model, other, length), length, n)
             except NotExact:  # a window smaller than the probe
                 part = computed(model, probe, n)
             proved = agree(model, probe, part, n)
@@ -207,6 +209,8 @@ class Conversation:
         if self._state is None or self._ids is None or self._probe is None:
             return
         try:
+            if isinstance(self._cache, tuple):
+                raise NotExact("a cache of tuples, which older releases have, ends before the last token")
             tokens = self._conversations.tokens_of(self._rows, insert(self._ids)[0].tolist())
             held = cut(held_by(self._cache), len(tokens), len(tokens))
             self._conversations.prove(model, held, self._probe, self._state)
