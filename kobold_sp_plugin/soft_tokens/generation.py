@@ -21,6 +21,9 @@ from .rows import Rows
 CACHES = ("past_key_values", "past", "cache_params", "state", "mems", "past_buckets_states")
 """Names under which releases and families hand their caches from step to step."""
 
+_NO_ID = sys.maxsize
+"""The first soft token's id where there is none."""
+
 READ_ALL = ("cpmant", "xlm-roberta-xl", "xlnet")
 """Models that have to be given all ids at each step: they find by themselves what is new, and where it stands."""
 
@@ -125,7 +128,7 @@ class GenerationAdapter:
             # What somebody reads between two steps may hold soft tokens; after an encoder nobody reads any.
             generation.decoding = self._has_encoder
             return None
-        return generation.rows if generation.rows.n_tokens else None
+        return None if generation.rows.first == _NO_ID else generation.rows
 
     def insert(self, rows: Rows, input_ids: torch.Tensor, grown_mask: Optional[torch.Tensor]) -> torch.Tensor:
         """``input_ids`` with the soft tokens in their place; ``grown_mask`` has room for them, None: no padding."""
@@ -197,7 +200,7 @@ class GenerationAdapter:
 
     def _generate_text(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The call as it is, without soft tokens, so that what it reads is remembered."""
-        rows = Rows((), sys.maxsize, self._model())  # no id is a soft token's
+        rows = Rows((), _NO_ID, self._model())
         generation = Generation(rows, False, Conversation(self.conversations, rows))
         with self._in_generation(generation):
             result = original(*args, **kwargs)
@@ -361,8 +364,9 @@ class GenerationAdapter:
         model = self._model()
         if generation.conversation is not None and generation.conversation.begin(model, inputs, mask):
             return True
-        rows = generation.rows
-        return bool(rows.n_tokens) and self._prefixes.shorten(model, rows, inputs, mask)
+        if generation.rows.first == _NO_ID:
+            return False
+        return self._prefixes.shorten(model, generation.rows, inputs, mask)
 
     def _encode(self, original: Callable[..., Any], inputs_tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         generation = self._generation
