@@ -1,14 +1,19 @@
-"""A soft prompt as a value: rows, metadata, scale and order."""
+"""A soft prompt as a value: rows, metadata, scale and order; and text that soft prompts stand in."""
 
+import hashlib
 import json
+import re
+import threading
 from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
+from urllib.parse import quote, unquote
+from weakref import WeakValueDictionary
 
 import numpy as np
 
-from .errors import MetadataNotJSON, NoRows, NotFinite, UnsupportedDtype, WrongRank
+from .errors import MetadataNotJSON, NoRows, NotFinite, UnknownSoftPrompt, UnsupportedDtype, WrongRank
 
 OWN_KEY = "kobold_sp_plugin"
 """The one key of ``meta.json`` that is ours: an object with scale, order, fingerprint and checksum."""
@@ -73,11 +78,13 @@ class SoftPrompt(WithMetadata):
     read-only (``name``, ``author``, ``supported``, ``description`` and anything else). ``scale`` and
     ``order``: see :class:`Scale` and :class:`Order`; what the metadata declares, unless given.
 
+    ``"Once " + softprompt + " upon a time"`` is a :class:`TaggedText`: the soft prompt is read where it stands.
+
     Raises :class:`UnsupportedDtype`, :class:`WrongRank`, :class:`NoRows`, :class:`NotFinite`,
     :class:`MetadataNotJSON`, or :class:`ValueError` for a scale or order that is none.
     """
 
-    __slots__ = ("_metadata", "_order", "_rows", "_scale")
+    __slots__ = ("__weakref__", "_metadata", "_order", "_rows", "_scale")
 
     def __init__(
         self,
@@ -133,6 +140,9 @@ class SoftPrompt(WithMetadata):
 
         return load(path)
 
+    from_file = load
+    """The Soft Prompt Tuner's name for it."""
+
     def save(self, path: Union[str, Path], dtype: str = "float32") -> None:
         """Write a zip that KoboldAI reads, in one step: the file is whole or it is not there.
 
@@ -144,10 +154,16 @@ class SoftPrompt(WithMetadata):
 
         save(self, path, dtype)
 
+    def __add__(self, other: "Union[str, SoftPrompt]") -> "TaggedText":
+        return TaggedText((self, other)) if isinstance(other, (str, SoftPrompt)) else NotImplemented
+
+    def __radd__(self, other: str) -> "TaggedText":
+        return TaggedText((other, self)) if isinstance(other, str) else NotImplemented
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SoftPrompt):
             return NotImplemented
-        return (
+        return self is other or (
             self._scale == other._scale
             and self._order == other._order
             and self._metadata == other._metadata
@@ -162,6 +178,138 @@ class SoftPrompt(WithMetadata):
 
     def __repr__(self) -> str:
         return f"<SoftPrompt {self.name or 'unnamed'!r}: {self.n_tokens} tokens of width {self.width}>"
+
+
+Part = Union[str, SoftPrompt]
+
+_TAG = re.compile(r"<softprompt:([^<>\x00-\x1f]{1,300})>")
+_LONGEST_NAME = 80
+"""Characters of a name that a tag shows."""
+
+_HOLDERS: "WeakValueDictionary[str, SoftPrompt]" = WeakValueDictionary()
+"""Each tag's soft prompt, while it is in use; a second one of the name gets a tag with a digest."""
+_TAGGING = threading.Lock()
+
+
+class TaggedText(str):
+    """Text that soft prompts stand in, each printed as a tag: ``Once <softprompt:noir> upon a time``.
+
+    Made by ``+``, from text, soft prompts and other such texts. ``parts`` are what it consists of; the tags
+    are only how it prints. No two soft prompts in use have one tag: of several by one name, only the first
+    has it bare, and the others with a digest of their content (``<softprompt:noir#5f0c31a9be27>``).
+
+    Whatever else makes a string of it (an f-string, a slice, ``strip``) gives a plain one, whose tags are
+    ordinary text; :func:`read_tags` makes soft prompts of them again. Raises :class:`TypeError`.
+    """
+
+    __slots__ = ("_parts",)
+    _parts: Tuple[Part, ...]
+
+    def __new__(cls, parts: Iterable[Part]) -> "TaggedText":
+        kept: List[Part] = []
+        shown: List[str] = []
+        for part in (each for given in parts for each in parts_of(given)):
+            if isinstance(part, SoftPrompt):
+                part, tag = _tagged(part)
+                kept.append(part)
+                shown.append(tag)
+            elif kept and isinstance(kept[-1], str):
+                kept[-1] += part
+                shown.append(part)
+            else:
+                kept.append(part)
+                shown.append(part)
+        made = super().__new__(cls, "".join(shown))
+        made._parts = tuple(kept)
+        return made
+
+    @property
+    def parts(self) -> Tuple[Part, ...]:
+        """Text and soft prompts in turn; no text among them is empty, and no two stand side by side."""
+        return self._parts
+
+    @property
+    def softprompts(self) -> Tuple[SoftPrompt, ...]:
+        """The soft prompts in it, in order, as often as they stand there."""
+        return tuple(part for part in self._parts if isinstance(part, SoftPrompt))
+
+    def __add__(self, other: Part) -> "TaggedText":  # type: ignore[override]
+        return TaggedText((self, other)) if isinstance(other, (str, SoftPrompt)) else NotImplemented
+
+    def __radd__(self, other: Part) -> "TaggedText":
+        return TaggedText((other, self)) if isinstance(other, (str, SoftPrompt)) else NotImplemented
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        return (TaggedText, (self._parts,))
+
+
+def parts_of(text: Part) -> Tuple[Part, ...]:
+    """What ``text`` consists of: text, none of it empty, and soft prompts. A plain string is one text, tags or not."""
+    if isinstance(text, TaggedText):
+        return text.parts
+    if isinstance(text, SoftPrompt):
+        return (text,)
+    if isinstance(text, str):
+        return (str(text),) if text else ()
+    raise TypeError(f"expected text or a SoftPrompt, got {text!r}")
+
+
+def count_tokens(text: Part, count: Callable[[str], int]) -> int:
+    """How many tokens of the context ``text`` uses; ``count`` says it of a plain string, with any tokenizer."""
+    return sum(part.n_tokens if isinstance(part, SoftPrompt) else count(part) for part in parts_of(text))
+
+
+def read_tags(
+    text: str, softprompts: Union[Mapping[str, SoftPrompt], Callable[[str], Optional[SoftPrompt]]]
+) -> Union[str, TaggedText]:
+    """``text`` with a soft prompt for each tag ``<softprompt:NAME>`` that is written in it; safe on any text.
+
+    ``softprompts`` has them by name, or is asked for each name once, such as ``Catalogue(folder).named``. Only
+    what is written here is read: tags in what a model writes, or made by joining two texts, stay text until
+    somebody reads them. Text without a tag comes back as it is. Raises :class:`UnknownSoftPrompt` for a name that
+    nobody has.
+    """
+    names = softprompts
+    found: Dict[str, SoftPrompt] = {}
+    parts: List[Part] = []
+    for part in parts_of(text):
+        if isinstance(part, SoftPrompt):
+            parts.append(part)
+            continue
+        end = 0
+        for tag in _TAG.finditer(part):
+            name = unquote(tag.group(1))
+            if name not in found:
+                one = names.get(name) if isinstance(names, Mapping) else names(name)
+                if one is None:
+                    known = ", ".join(sorted(names)[:20]) if isinstance(names, Mapping) else ""
+                    known = f"; there are: {known}" if known else ""
+                    raise UnknownSoftPrompt(f"there is no soft prompt named {name[:200]!r}{known}")
+                found[name] = one
+            parts += (part[end : tag.start()], found[name])
+            end = tag.end()
+        parts.append(part[end:])
+    return TaggedText(parts) if found else text
+
+
+def has_tags(text: str) -> bool:
+    """Whether tags are written in ``text`` as ordinary text, for :func:`read_tags` to read."""
+    return any(isinstance(part, str) and _TAG.search(part) is not None for part in parts_of(text))
+
+
+def _tagged(softprompt: SoftPrompt) -> Tuple[SoftPrompt, str]:
+    """The soft prompt of this content that all texts share, and its tag."""
+    name = softprompt.name or "unnamed"
+    name = name if len(name) <= _LONGEST_NAME else name[:_LONGEST_NAME] + "…"
+    bare = "<softprompt:" + re.sub(r"[%<>#\x00-\x1f]", lambda found: quote(found.group()), name)
+    with _TAGGING:
+        holder = _HOLDERS.setdefault(bare + ">", softprompt)
+        if holder == softprompt:
+            return holder, bare + ">"
+        content = json.dumps([dict(softprompt.metadata), str(softprompt.scale), str(softprompt.order)], sort_keys=True)
+        digest = hashlib.sha256(content.encode() + softprompt.rows.tobytes()).hexdigest()[:12]
+        tag = f"{bare}#{digest}>"
+        return _HOLDERS.setdefault(tag, softprompt), tag
 
 
 def own_metadata(metadata: Mapping[str, Any]) -> Dict[str, Any]:

@@ -23,6 +23,8 @@ def insert_columns(rows: torch.Tensor, columns: torch.Tensor, start: torch.Tenso
     n = columns.shape[0]
     if n == 0:
         return rows
+    if length == 0:
+        return columns.to(rows.dtype).expand(batch, -1)
     position = torch.arange(length + n, device=rows.device).unsqueeze(0)
     inside = position - start.unsqueeze(1)
     old = torch.where(inside < n, position, position - n).clamp(max=length - 1).expand(batch, -1)

@@ -89,7 +89,7 @@ class EmbeddingHook:
 
     def _placed(self, rows: Rows, ids: torch.Tensor, is_soft: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
         copy = rows.copy_on(embedded.device, embedded.dtype)
-        row = (ids - (rows.first - 1)).clamp(0, rows.n_tokens + 1)
+        row = (ids - (rows.first - 1)).clamp(0, rows.n_rows + 1)
         return torch.where(is_soft.unsqueeze(-1), copy[row.long()], embedded)
 
     # The other readers are called behind the embedding, in the same forward pass.

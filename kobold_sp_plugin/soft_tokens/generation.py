@@ -12,17 +12,22 @@ import torch
 from ..compatibility import context_of
 from ..errors import ContextExceeded, UnsupportedCall
 from ..patching import Patch, patch
+from ..softprompt import SoftPrompt
 from .columns import grow_mask, insert_columns, start_of_text
 from .conversation import Conversation, Conversations
 from .embedding import has_encoder
 from .prefix import Prefixes
 from .rows import Rows
+from .text import softprompts_in
 
 CACHES = ("past_key_values", "past", "cache_params", "state", "mems", "past_buckets_states")
 """Names under which releases and families hand their caches from step to step."""
 
 _NO_ID = sys.maxsize
 """The first soft token's id where there is none."""
+
+_READ = "_kobold_sp_read"
+"""The attribute of a cache that says which soft prompts are in it."""
 
 READ_ALL = ("cpmant", "xlm-roberta-xl", "xlnet")
 """Models that have to be given all ids at each step: they find by themselves what is new, and where it stands."""
@@ -67,11 +72,26 @@ ENCODER_SEAMS = (
 )
 
 
+_UNKNOWN = -1
+"""The length of a cache that does not tell it: Gemma 2's, in releases before 4.48."""
+
+
+class Read(NamedTuple):
+    """What a cache holds besides the text."""
+
+    softprompts: Tuple[SoftPrompt, ...]
+    positions: int
+
+
 class Generation:
     """What one call of ``generate`` is doing; its soft prompts are a snapshot."""
 
-    def __init__(self, rows: Rows, reads_all: bool, conversation: Optional[Conversation] = None):
+    def __init__(
+        self, rows: Rows, reads_all: bool, n_new: Optional[int] = None, conversation: Optional[Conversation] = None
+    ):
         self.rows = rows
+        self.n_new = n_new
+        """Columns of the text that a cache which the caller gave back does not hold; None: there is no such cache."""
         self.conversation = conversation
         self.has_read_prompt = False
         self.inserted = False
@@ -85,14 +105,15 @@ class Generation:
 class GenerationAdapter:
     """Changes ``generate`` of ``model``, in place, so that soft tokens are read before the text, until ``undo``.
 
-    ``chosen`` says which soft prompts a generation begun now, in this thread, reads; ``check`` raises where
+    ``chosen`` says which soft prompts a generation begun now, in this thread, reads, given those that stand inside of
+    its text; ``check`` raises where
     the model cannot read them any more; ``ended`` is called when no generation is running.
     """
 
     def __init__(
         self,
         model: Any,
-        chosen: Callable[[], Optional[Rows]],
+        chosen: Callable[..., Optional[Rows]],
         check: Callable[[], Any],
         ended: Callable[[], None],
     ):
@@ -132,9 +153,11 @@ class GenerationAdapter:
 
     def insert(self, rows: Rows, input_ids: torch.Tensor, grown_mask: Optional[torch.Tensor]) -> torch.Tensor:
         """``input_ids`` with the soft tokens in their place; ``grown_mask`` has room for them, None: no padding."""
+        return rows.insert(input_ids, grown_mask, self._bos())
+
+    def _bos(self) -> Optional[int]:
         model = self._model()
-        bos = getattr(model.config, "bos_token_id", None) if model is not None else None
-        return rows.insert(input_ids, grown_mask, bos)
+        return getattr(model.config, "bos_token_id", None) if model is not None else None
 
     @property
     def _generation(self) -> Optional[Generation]:
@@ -169,21 +192,20 @@ class GenerationAdapter:
     # The call
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        rows = self._chosen()
+        given = _ids_of(args, kwargs)
+        inside = softprompts_in(given)
+        rows = self._chosen(tuple(inside.values()))
         reads_all = self._model_type in READ_ALL
         remembers = getattr(self._thread, "remembers", False) and not reads_all and not self._has_encoder
-        if rows is None and not remembers:
-            with self._in_generation(None):
-                return original(*args, **kwargs)
         if rows is None:
-            return self._generate_text(original, *args, **kwargs)
+            return self._generate_without(original, remembers, *args, **kwargs)
         self._check()
-        stands_in = self._is_without_text(args, kwargs)
-        if stands_in:
-            rows = rows.in_place_of_text()
-            args, kwargs = (), self._with_a_stand_in(args, kwargs)
+        as_a_whole = bool(inside) or self._is_without_text(args, kwargs)
+        if as_a_whole:
+            rows, args, kwargs = self._text_of(rows, inside, args, kwargs)
+        n_new = self._beyond_cache(rows, args, kwargs)
         kwargs = self._with_room_for(rows, args, kwargs)
-        generation = Generation(rows, reads_all, Conversation(self.conversations, rows) if remembers else None)
+        generation = Generation(rows, reads_all, n_new, Conversation(self.conversations, rows) if remembers else None)
         with self._in_generation(generation):
             result = original(*args, **kwargs)
             self._remember(generation)
@@ -191,46 +213,108 @@ class GenerationAdapter:
             raise UnsupportedCall(
                 "the soft prompt was not read: somebody has replaced prepare_inputs_for_generation since attach()"
             )
-        if not stands_in:
+        if not (generation.reads_all or self._has_encoder):
+            for used in (kwargs, result):
+                _mark(_cache_in(used), _what_is_read(rows))
+        if not as_a_whole or self._has_encoder:
             return result
+        n_text = _ids_of(args, kwargs).shape[1]
         if isinstance(result, torch.Tensor):
-            return result[:, 1:]
-        result.sequences = result.sequences[:, 1:]
+            return _behind(given, result[:, n_text:])
+        result.sequences = _behind(given, result.sequences[:, n_text:])
         return result
 
-    def _generate_text(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The call as it is, without soft tokens, so that what it reads is remembered."""
-        rows = Rows((), _NO_ID, self._model())
-        generation = Generation(rows, False, Conversation(self.conversations, rows))
+    def _remember(self, generation: Optional[Generation]) -> None:
+        if generation is not None and generation.conversation is not None:
+            generation.decoding = False
+            generation.conversation.end(self._model(), lambda ids: self.insert(generation.rows, ids, None))
+
+    def _generate_without(self, original: Callable[..., Any], remembers: bool, *args: Any, **kwargs: Any) -> Any:
+        """Without soft prompts; a cache that holds some would be taken for one of the text alone."""
+        if _read_in(_cache_in(kwargs)) is not None and _length_of(_cache_in(kwargs)):
+            raise UnsupportedCall(
+                "generate() was given a cache that holds a soft prompt, and none is selected; select it again, or "
+                "begin with a new cache"
+            )
+        generation = None
+        if remembers:
+            rows = Rows((), _NO_ID, self._model())
+            generation = Generation(rows, False, conversation=Conversation(self.conversations, rows))
         with self._in_generation(generation):
             result = original(*args, **kwargs)
             self._remember(generation)
+        for used in (kwargs, result):
+            _mark(_cache_in(used), None)
         return result
 
-    def _remember(self, generation: Generation) -> None:
-        if generation.conversation is not None:
-            generation.decoding = False
-            generation.conversation.end(self._model(), lambda ids: self.insert(generation.rows, ids, None))
+    def _beyond_cache(self, rows: Rows, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Optional[int]:
+        """Columns of the text behind those that the caller's cache holds; None where there is none, or an empty one.
+
+        The cache has to be one that a generation with the same soft prompts has filled.
+        """
+        cache = _cache_in(kwargs)
+        held = _length_of(cache)
+        if not held:
+            return None
+        read = _read_in(cache)
+        if read != _what_is_read(rows) or rows.prompt is not None:
+            raise UnsupportedCall(
+                "generate() was given a filled cache (past_key_values) that does not begin with the selected soft "
+                "prompt, or a text with soft prompts inside; begin with a new cache"
+            )
+        ids, mask = _ids_of(args, kwargs), kwargs.get("attention_mask")
+        length = ids.shape[-1] if mask is None or not self._takes_new_ids_only else mask.shape[-1]
+        if held == _UNKNOWN:
+            raise UnsupportedCall(f"generate() was given a {type(cache).__name__}, which does not tell how full it is")
+        n_new = length - (held - read.positions)
+        if not 0 < n_new <= min(ids.shape[-1], length):
+            raise UnsupportedCall(
+                f"generate() was given a cache of {held - read.positions} positions of text, and a text of {length}; "
+                "it has to begin with the same text, and to be longer"
+            )
+        return int(n_new)
+
+    @property
+    def _takes_new_ids_only(self) -> bool:
+        """Whether a caller may give, beside a cache, only the ids that are new, and a mask of all (from 5.0)."""
+        return hasattr(self._model(), "_prefill")
 
     def _is_without_text(self, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> bool:
         ids = _ids_of(args, kwargs)
         return isinstance(ids, torch.Tensor) and ids.shape[-1:] == (0,) and not self._has_encoder
 
-    def _with_a_stand_in(self, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Dict[str, Any]:
-        """The call with one token of text, which will read as a soft one: ``generate`` cannot begin with none.
+    def _text_of(
+        self, rows: Rows, inside: Dict[int, SoftPrompt], args: Tuple[Any, ...], kwargs: Dict[str, Any]
+    ) -> Tuple[Rows, Tuple[Any, ...], Dict[str, Any]]:
+        """The call with the text alone, for the decoding loop, and rows that know the prompt as it is read.
 
-        It is the last of the vocabulary, for which KoboldAI's samplers take every soft token.
+        Lengths that the call gives count all of its ids. ``generate`` cannot begin with no text at all: it gets the
+        last of the vocabulary then, for which KoboldAI's samplers take every soft token.
         """
-        if len(args) > 1 or kwargs.get("streamer") is not None:
-            raise UnsupportedCall("generate() without any text takes its settings by name, and no streamer")
-        ids = _ids_of(args, kwargs)
-        changed = {name: value for name, value in kwargs.items() if name not in ("inputs", "attention_mask")}
-        changed["input_ids"] = ids.new_full((len(ids), 1), self._check().num_embeddings - 1, dtype=torch.long)
-        changed["attention_mask"] = torch.ones_like(changed["input_ids"])
-        most = self._setting("max_length", kwargs)
-        if most is not None and self._setting("max_new_tokens", kwargs) is None:
-            changed["max_length"] = most + 1
-        return changed
+        ids, mask = _ids_of(args, kwargs), kwargs.get("attention_mask")
+        if mask is None:
+            pad, ends = self._setting("pad_token_id", kwargs), self._setting("eos_token_id", kwargs)
+            is_told = pad is not None and pad not in (ends if isinstance(ends, (list, tuple)) else [ends])
+            mask = (ids != pad).long() if is_told else torch.ones_like(ids)
+        nothing = self._check().num_embeddings - 1
+        rows, text, mask = rows.reading(ids, mask, self._bos(), inside, nothing)
+        if kwargs.get("streamer") is not None and not bool(((rows.prompt < rows.first) & (mask > 0)).any()):
+            raise UnsupportedCall("generate() without any text takes no streamer")
+        changed = {**kwargs, "attention_mask": mask}
+        if args:
+            args = (text, *args[1:])
+        else:
+            changed["input_ids" if kwargs.get("input_ids") is not None else "inputs"] = text
+        if self._setting("max_new_tokens", kwargs) is None and not self._has_encoder:
+            more = text.shape[1] - ids.shape[1]
+            for name, default in (("max_length", 20), ("min_length", 0)):
+                config = getattr(kwargs.get("generation_config"), name, None)
+                length = kwargs.get(name) or (None if config == default else config)
+                if length is None and more > 0:
+                    length = self._setting(name, kwargs)
+                if length is not None:
+                    changed[name] = length + more
+        return rows, args, changed
 
     def _refuse(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._chosen() is not None:
@@ -245,9 +329,11 @@ class GenerationAdapter:
         for name, what in taken:
             if kwargs.get(name) is not None:
                 raise UnsupportedCall(f"generate() was given {what} ({name}); with a soft prompt it takes ids only")
-        for name in CACHES:
-            if _length_of(kwargs.get(name)):
-                raise UnsupportedCall(f"generate() was given a filled cache ({name}) together with a soft prompt")
+        if self._setting("assistant_early_exit", kwargs) is not None:
+            raise UnsupportedCall(
+                "assistant_early_exit makes a model its own helper, which reads the text without the soft prompt; "
+                "generate without it"
+            )
         self._check_context(rows, args, kwargs)
         grown = dict(kwargs)
         if not _cuts_relatively() and not self._has_encoder:
@@ -256,12 +342,12 @@ class GenerationAdapter:
             for helper in ("assistant_model", "prompt_lookup_num_tokens"):
                 if self._setting(helper, kwargs) is not None:
                     grown[helper] = None
-        if kwargs.get("attention_mask") is not None:
+        if kwargs.get("attention_mask") is not None and rows.prompt is None:
             grown["attention_mask"] = grow_mask(kwargs["attention_mask"], rows.room)
         if kwargs.get("token_type_ids") is not None:
             types = kwargs["token_type_ids"]
             start = start_of_text(grown.get("attention_mask", types))
-            grown["token_type_ids"] = insert_columns(types, types.new_zeros(rows.room), start)
+            grown["token_type_ids"] = insert_columns(types, types.new_zeros(rows.n_tokens), start)
         return grown
 
     def _check_context(self, rows: Rows, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> None:
@@ -325,7 +411,15 @@ class GenerationAdapter:
         generation = self._generation
         if generation is not None and generation_config.prefill_chunk_size is not None:
             model_kwargs = args[0] if args else kwargs.get("model_kwargs", kwargs)  # 4.57 spreads them
-            input_ids = self.insert(generation.rows, input_ids, model_kwargs.get("attention_mask"))
+            mask = model_kwargs.get("attention_mask")
+            if generation.n_new is None:
+                input_ids = self.insert(generation.rows, input_ids, mask)
+            elif self._takes_new_ids_only:
+                input_ids = input_ids[:, -generation.n_new :]
+            else:  # 4.57 begins at the first position again
+                raise UnsupportedCall(
+                    "generate() was given a filled cache and a prefill_chunk_size; use one of the two"
+                )
             generation.inserted = True
             try:
                 return original(input_ids, generation_config, *args, **kwargs)
@@ -337,11 +431,16 @@ class GenerationAdapter:
         generation = self._generation
         if generation is None:
             return original(input_ids, *args, **kwargs)
+        if generation.conversation is not None:
+            generation.conversation.step(input_ids, _cache_in(kwargs))
         mask = kwargs.get("attention_mask")
         if generation.inserted:
             generation.has_read_prompt = True
             generation.decoding = False
             return original(input_ids, *args, **kwargs)
+        if generation.rows.room and mask is not None and mask.dim() == 2 and mask.shape[1] == input_ids.shape[1]:
+            # Who guesses ahead cuts the mask to the text and its guesses; what went is not padding.
+            mask = kwargs["attention_mask"] = grow_mask(mask, generation.rows.room)
         # The first call reads the prompt; later ones read what is new, or, without a cache, all again.
         caches = [kwargs[name] for name in CACHES if kwargs.get(name) is not None]
         if generation.has_read_prompt and not generation.reads_all and caches and not _is_empty(caches[0]):
@@ -350,13 +449,17 @@ class GenerationAdapter:
             if positions is not None:  # 4.44 to 4.57 would take the ids at these positions, past the text's end
                 new_ids = input_ids[:, -positions.shape[0] :]
             generation.decoding = True
-            inputs = original(new_ids, *args, **kwargs)
-        else:
-            inputs = original(self.insert(generation.rows, input_ids, mask), *args, **kwargs)
-            generation.decoding = not generation.has_read_prompt and self._begins_later(generation, inputs, mask)
+            return original(new_ids, *args, **kwargs)
+        if generation.n_new is not None and not generation.has_read_prompt:
+            generation.has_read_prompt = generation.decoding = True
+            if "next_sequence_length" in kwargs:  # from 5.0
+                kwargs["next_sequence_length"] = generation.n_new
+            else:  # before, the model cuts off as many ids as its cache has positions
+                input_ids = self.insert(generation.rows, input_ids, mask)
+            return original(input_ids, *args, **kwargs)
+        inputs = original(self.insert(generation.rows, input_ids, mask), *args, **kwargs)
+        generation.decoding = not generation.has_read_prompt and self._begins_later(generation, inputs, mask)
         generation.has_read_prompt = True
-        if generation.conversation is not None:
-            generation.conversation.step(input_ids, caches[0] if caches else None)
         return inputs
 
     def _begins_later(self, generation: Generation, inputs: Dict[str, Any], mask: Optional[torch.Tensor]) -> bool:
@@ -364,9 +467,8 @@ class GenerationAdapter:
         model = self._model()
         if generation.conversation is not None and generation.conversation.begin(model, inputs, mask):
             return True
-        if generation.rows.first == _NO_ID:
-            return False
-        return self._prefixes.shorten(model, generation.rows, inputs, mask)
+        front = None if generation.rows.first == _NO_ID else generation.rows.at_front()
+        return front is not None and self._prefixes.shorten(model, front, inputs, mask) and front.is_all
 
     def _encode(self, original: Callable[..., Any], inputs_tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         generation = self._generation
@@ -384,6 +486,16 @@ def _ids_of(args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
     return kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
 
 
+def _behind(given: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """What was generated, behind the ids that were given; as many rows of it for each of them as there are."""
+    return torch.cat([given.repeat_interleave(len(new) // len(given), dim=0), new.to(given.dtype)], dim=1)
+
+
+def _what_is_read(rows: Rows) -> Read:
+    """What a cache that was filled with these rows holds; nobody can go on with soft prompts inside of a text."""
+    return Read((*rows.softprompts, *rows.inside), rows.room if rows.prompt is None else _UNKNOWN)
+
+
 def _is_empty(cache: Any) -> bool:
     """Whether nobody has used this cache: some models have no use for the one that they are given."""
     layers = getattr(cache, "layers", None)
@@ -396,4 +508,35 @@ def _length_of(cache: Any) -> int:
     """Positions that a cache handed in by a caller already holds."""
     if cache is None:
         return 0
-    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else len(cache)
+    if isinstance(cache, (tuple, list)):  # of a release that has no class for it: keys and values of each layer
+        pairs = [each for each in cache[:1] if isinstance(each, (tuple, list))]
+        return int(pairs[0][1].shape[-2]) if pairs else len(cache)
+    length = cache.get_seq_length() if hasattr(cache, "get_seq_length") else len(cache)
+    return _UNKNOWN if length is None else int(length)
+
+
+def _cache_in(arguments: Any) -> Any:
+    """The cache among the arguments of ``generate``, or in what it returned."""
+    found = (arguments.get(name) for name in CACHES) if isinstance(arguments, dict) else ()
+    return next((cache for cache in found if cache is not None), None)
+
+
+def _marked(cache: Any) -> Any:
+    """What of a cache can carry an attribute: a tuple cannot, but its first tensor."""
+    while isinstance(cache, (tuple, list)) and cache:
+        cache = cache[0]
+    return cache
+
+
+def _read_in(cache: Any) -> Optional[Read]:
+    read: Optional[Read] = getattr(_marked(cache), _READ, None)
+    return read
+
+
+def _mark(cache: Any, read: Optional[Read]) -> None:
+    """Note on ``cache``, in place, what it holds besides the text; None: nothing."""
+    holder = _marked(cache)
+    if read is not None and hasattr(holder, "__dict__"):
+        setattr(holder, _READ, read)
+    elif read is None and hasattr(holder, _READ):
+        delattr(holder, _READ)

@@ -14,6 +14,7 @@ from .copies import copies_are_plain
 from .embedding import EmbeddingHook, embedding_of
 from .generation import GenerationAdapter
 from .rows import Rows
+from .text import softprompts_in
 
 _HANDLE = "_kobold_sp_soft_tokens"
 
@@ -57,6 +58,8 @@ class SoftTokens:
             raise UnsupportedModel(f"the embedding of this {type(model).__name__} belongs to a model attached before")
         self._lock = threading.Lock()
         self._selected: Optional[Rows] = None
+        self._inside: Optional[Rows] = None
+        """The rows of the texts that were read last, with the selection of then."""
         self._thread = threading.local()
         self._detached = False
         self._hook = EmbeddingHook(model, lambda: self._adapter.rows_now())
@@ -137,30 +140,62 @@ class SoftTokens:
         mask = grow_mask(attention_mask, rows.n_tokens)
         return {"input_ids": self._adapter.insert(rows, input_ids, mask), "attention_mask": mask}
 
-    def _chosen(self) -> Optional[Rows]:
-        override = getattr(self._thread, "override", None)
-        return override[0] if override else self._selected
+    @contextmanager
+    def reading(
+        self, input_ids: torch.Tensor, attention_mask: Optional[torch.Tensor] = None
+    ) -> Iterator[Dict[str, torch.Tensor]]:
+        """Like :meth:`prepend`, for ids of a text that soft prompts stand in; ``generate`` needs no such thing.
 
-    def _allocate(self, softprompts: Tuple[SoftPrompt, ...]) -> Optional[Rows]:
+        The arguments are good for forward passes of this thread inside the ``with`` block.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        places = softprompts_in(input_ids)
+        rows = self._chosen(tuple(places.values()))
+        if rows is None:
+            yield {"input_ids": input_ids, "attention_mask": attention_mask}
+            return
+        mask = grow_mask(attention_mask, rows.n_tokens)
+        ids = self._adapter.insert(rows, rows.placed(input_ids, places), mask)
+        before = getattr(self._thread, "override", None)
+        self._thread.override = (rows,)
+        try:
+            yield {"input_ids": ids, "attention_mask": mask}
+        finally:
+            self._thread.override = before
+
+    def _chosen(self, inside: Tuple[SoftPrompt, ...] = ()) -> Optional[Rows]:
+        """The selection, with the rows of what stands ``inside`` of a text besides."""
+        override = getattr(self._thread, "override", None)
+        chosen: Optional[Rows] = override[0] if override else self._selected
+        if not inside:
+            return chosen
+        softprompts = chosen.softprompts if chosen else ()
+        known = self._inside
+        if known is None or (known.softprompts, known.inside) != (softprompts, inside):
+            known = self._inside = self._allocate(softprompts, inside)
+        return known
+
+    def _allocate(self, softprompts: Tuple[SoftPrompt, ...], inside: Tuple[SoftPrompt, ...] = ()) -> Optional[Rows]:
         """``softprompts`` under ids of their own, or None for none; nothing is selected yet."""
-        if not softprompts:
+        if not softprompts and not inside:
             return None
         if self._detached:
             raise UnsupportedCall("this handle is detached from its model; attach() the model again")
         embedding = self._hook.checked()
-        for each in softprompts:
+        for each in (*softprompts, *inside):
             if each.width != self._hook.width:
                 raise WidthMismatch(
                     f"{each.name or 'the soft prompt'} was made for {each.width} columns, "
                     f"this model has {self._hook.width}"
                 )
         current = self._selected
-        if current is not None and current.softprompts == softprompts:
+        if current is not None and (current.softprompts, current.inside) == (softprompts, inside):
             return current
         with self._lock:
             # New ids each time: what a cache may have remembered under an old id stays true.
-            rows = Rows(softprompts, self._next_id, embedding)
-            self._next_id += rows.n_tokens
+            rows = Rows(softprompts, self._next_id, embedding, inside)
+            self._next_id += rows.n_rows
         weight = embedding.weight
         if weight.is_floating_point() and weight.device.type != "meta":
             rows.copy_on(weight.device, weight.dtype)
@@ -171,7 +206,7 @@ class SoftTokens:
     def detach(self) -> None:
         """Take everything back that :func:`attach` changed on the model, at the end of what it is generating."""
         self._detached = True
-        self._selected = None
+        self._selected = self._inside = None
         self._no_generation_runs()
 
     def _stays(self) -> bool:

@@ -1,4 +1,4 @@
-"""The rows of a selection, and the ids that they have in one model."""
+"""The rows of a selection, and of soft prompts inside of texts, and the ids that they have in one model."""
 
 import copy
 import weakref
@@ -8,33 +8,104 @@ import torch
 
 from ..errors import NotFinite
 from ..softprompt import Order, Scale, SoftPrompt
-from .columns import insert_columns, start_of_text
+from .columns import grow_mask, insert_columns, start_of_text
 
 
 class Rows:
     """The rows of one selection, under ids that nothing else ever gets; immutable.
 
+    ``softprompts`` are put in front of the text; those ``inside`` of it stand where the text has them.
     The NumPy rows are the master copy. Torch copies are a cache: a host may empty every tensor in the
     process, and then they are made again.
     """
 
-    def __init__(self, softprompts: Tuple[SoftPrompt, ...], first: int, embedding: Any):
+    def __init__(
+        self, softprompts: Tuple[SoftPrompt, ...], first: int, embedding: Any, inside: Tuple[SoftPrompt, ...] = ()
+    ):
         before = [each for each in softprompts if each.order is Order.BEFORE_BOS]
         after = [each for each in softprompts if each.order is Order.AFTER_BOS]
         self.softprompts = softprompts
+        self.inside = inside
         self.first = first
         self.n_before = sum(each.n_tokens for each in before)
         self.n_tokens = sum(each.n_tokens for each in softprompts)
         self.room = self.n_tokens
         """Positions that they take besides those of the text."""
-        self._in_order = before + after
+        self._in_order = [*before, *after, *inside]
+        self.n_rows = sum(each.n_tokens for each in self._in_order)
+        self.prompt: Optional[torch.Tensor] = None
+        """``[batch, length]``: the prompt as the model reads it, where it is not the text behind the selection."""
+        self.is_all = True
+        """No soft token stands behind these."""
         self._embedding = weakref.ref(embedding)
         self._copies: Dict[Tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
-    def in_place_of_text(self) -> "Rows":
-        """The same rows for no text: the decoding loop has one stand-in for it, which reads as the last of them."""
+    def reading(
+        self,
+        input_ids: torch.Tensor,
+        mask: torch.Tensor,
+        bos: Optional[int],
+        places: Dict[int, SoftPrompt],
+        nothing: int,
+    ) -> "Tuple[Rows, torch.Tensor, torch.Tensor]":
+        """The same rows for one prompt ``input_ids [batch, length]``, its text alone, and its mask.
+
+        ``places``: the first id, in ``input_ids``, of each soft prompt inside. ``mask [batch, length]`` is theirs. In
+        the text ``[batch, shorter]``, rows that are shorter by more than others begin with their own first token
+        again: one that no sampler has not seen. A row without any text has ``nothing`` in its place.
+        """
+        ids = self.placed(input_ids, places)
+        mask = grow_mask(mask, self.n_tokens)
+        ids = self.insert(ids, mask, bos)
+        is_soft = ids >= self.first
+        n_text = max(1, ids.shape[1] - int(is_soft.sum(1).min()))
+        behind_soft = torch.sort((~is_soft).long(), dim=1, stable=True).indices[:, -n_text:]
+        is_text = (mask > 0) & ~is_soft
+        own = ids.gather(1, is_text.long().argmax(1, keepdim=True))
+        filler = torch.where(is_text.any(1, keepdim=True), own, torch.full_like(own, nothing))
+        text = torch.where(is_soft.gather(1, behind_soft), filler, ids.gather(1, behind_soft))
         rows = copy.copy(self)
-        rows.room = self.n_tokens - 1
+        rows.prompt = ids
+        rows.room = ids.shape[1] - n_text
+        return rows, text, mask
+
+    def placed(self, input_ids: torch.Tensor, places: Dict[int, SoftPrompt]) -> torch.Tensor:
+        """``input_ids`` with the ids that the soft prompts inside have in this model."""
+        first_of, next_id = {}, self.first + self.n_tokens
+        for softprompt in self.inside:
+            first_of[softprompt] = next_id
+            next_id += softprompt.n_tokens
+        ids = input_ids.long()
+        for place, softprompt in places.items():
+            is_of_it = (input_ids >= place) & (input_ids < place + softprompt.n_tokens)
+            ids = torch.where(is_of_it, input_ids - place + first_of[softprompt], ids)
+        return ids
+
+    def at_front(self) -> "Optional[Rows]":
+        """What every row of the prompt begins with, as a selection; None where that is no soft prompt."""
+        if self.prompt is None:
+            return self
+        shared = (self.prompt == self.prompt[:1]).all(0) & (self.prompt[0] >= self.first)
+        ids = self.prompt[0, : int(shared.long().cumprod(0).sum())].tolist()
+        starts, softprompts = {}, []
+        next_id = self.first
+        for softprompt in self._in_order:
+            starts[next_id] = softprompt
+            next_id += softprompt.n_tokens
+        at = 0
+        while at < len(ids):
+            found = starts.get(ids[at])
+            if found is None or ids[at : at + found.n_tokens] != list(range(ids[at], ids[at] + found.n_tokens)):
+                break
+            softprompts.append(found)
+            at += found.n_tokens
+        if not softprompts:
+            return None
+        rows = copy.copy(self)
+        rows.prompt = None
+        rows.softprompts = tuple(softprompts)
+        rows.n_before = rows.n_tokens = rows.room = at
+        rows.is_all = not bool((self.prompt[:, at:] >= self.first).any())
         return rows
 
     def ids(self, device: Union[torch.device, str, None] = None) -> torch.Tensor:
@@ -46,7 +117,7 @@ class Rows:
         return [(softprompt, row) for softprompt in self._in_order for row in range(softprompt.n_tokens)]
 
     def copy_on(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """``[1 + n_tokens + 1, width]``: the rows between two of NaN, which ids of other rows read as.
+        """``[1 + n_rows + 1, width]``: the rows between two of NaN, which ids of other rows read as.
 
         Raises :class:`~kobold_sp_plugin.errors.NotFinite` for values that ``dtype`` cannot hold.
         """
@@ -56,7 +127,7 @@ class Rows:
         return table
 
     def _built(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        edge = torch.full((1, self.softprompts[0].width), float("nan"), dtype=dtype, device=device)
+        edge = torch.full((1, self._in_order[0].width), float("nan"), dtype=dtype, device=device)
         parts = []
         for each in self._in_order:
             part = torch.tensor(each.rows).to(dtype)
@@ -74,9 +145,13 @@ class Rows:
         ``grown_mask`` already has room for them; None: there is no padding. ``bos`` is the model's
         beginning-of-sequence token, if it has one.
         """
+        if self.prompt is not None:  # beams and several continuations of a row stand side by side
+            prompt = self.prompt.repeat_interleave(len(input_ids) // len(self.prompt), dim=0)
+            new = input_ids[:, prompt.shape[1] - self.room :]
+            return torch.cat([prompt, new.to(prompt.dtype)], dim=1)
         soft = self.ids(input_ids.device)
-        if self.room < self.n_tokens:
-            return torch.cat([soft.expand(len(input_ids), -1), input_ids[:, 1:]], dim=1)
+        if input_ids.shape[1] == 0:
+            return soft.expand(len(input_ids), -1)
         start = (
             input_ids.new_zeros(input_ids.shape[0], dtype=torch.long)
             if grown_mask is None
@@ -94,6 +169,9 @@ class Rows:
 
 def _through(embedding: Any, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
     """``rows`` of the matrix as they leave the module, with the module's own operations, so that roundings agree."""
+    if "weight" not in embedding._parameters:  # around the module that has the matrix: a LoRA, whose own rows are text's
+        within = (each for each in embedding.modules() if each._parameters.get("weight") is embedding.weight)
+        embedding = next(within, embedding)
     scale = getattr(embedding, "embed_scale", None)
     if isinstance(scale, torch.Tensor):
         if scale.device.type == "meta":
