@@ -534,6 +534,10 @@ def test_several_are_put_in_order_from_the_keyboard(page, server):
 
 
 def test_with_and_without_on_one_seed(page, server):
+    sent = []
+    page.on("websocket", lambda line: line.on("framesent", lambda frame: sent.append(frame)))
+    page.reload()
+    page.wait_for_selector("#connection[data-state=on]")
     opening = "The door opened and"
     page.fill("#story", opening)
     page.fill("#max-length", "30")
@@ -544,6 +548,9 @@ def test_with_and_without_on_one_seed(page, server):
     expect(page.locator("#with-take")).to_be_enabled()
     without, with_noir = (page.text_content(f"#{side}-text") for side in ("without", "with"))
     assert without and with_noir and without != with_noir
+    asked = [json.loads(frame[2:])[1] for frame in sent if '"generate"' in frame]
+    assert [fields.pop("id") and fields.pop("soft_prompt", None) for fields in asked] == ["", None]
+    assert asked[0] == asked[1] and isinstance(asked[0]["sampler_seed"], int)
     page.click("#with-take")
     expect(page.locator("#compare")).to_be_hidden()
     assert page.input_value("#story") == opening + with_noir

@@ -194,7 +194,7 @@ STEPS = st.tuples(st.sampled_from(["append", "edit", "cut", "drop", "back", "ret
 
 
 @pytest.mark.parametrize("family", [each for each in ("llama", "gpt2", "gemma2") if each in FAMILIES])
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(script=st.lists(STEPS, min_size=1, max_size=6))
 def test_any_script_of_edits_is_exact(family, script):
     options = {"sliding_window": 48} if family == "gemma2" else {}
@@ -289,7 +289,7 @@ def test_one_state_for_all_positions_is_not_kept(said):
     attach(model).select(softprompt())
     for _ in range(2):
         check(model, STORY)
-    assert said()[1].startswith("not kept: ")
+    assert said()[1].startswith(("not kept: its cache has layers", "read as a whole: its cache is of the kind"))
     assert not kept(model)
 
 

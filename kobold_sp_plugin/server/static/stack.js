@@ -76,10 +76,11 @@ function drawBudget() {
       return part;
     }),
   );
-  const text =
-    `${plural(soft, "soft token")}, ${number(writing)} to be written, ` +
-    `${number(room)} left for your story, of ${number(context)}`;
-  byId("budget-text").textContent = text;
+  byId("budget-text").replaceChildren(
+    element("span", "soft", plural(soft, "soft token")), ", ",
+    element("span", "writing", `${number(writing)} to be written`), ", ",
+    element("span", "room", `${number(room)} left for your story`), `, of ${number(context)}`,
+  );
   byId("budget-text").classList.toggle("bad", room < context / 8);
 }
 
