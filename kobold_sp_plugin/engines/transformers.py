@@ -20,8 +20,9 @@ from transformers import __version__ as transformers_version
 from ..compatibility import ModelFacts, context_of, facts
 from ..compatibility.matrix import Matrix, matrix_of
 from ..errors import ContextExceeded, ModelError, NoModel, UnsupportedModel
-from ..soft_tokens import SoftTokens, attach, attached
-from ..softprompt import SoftPrompt
+from ..soft_tokens import SoftTokens, attach, attached, with_softprompts
+from ..soft_tokens.text import without_oldest_text, without_soft_tokens
+from ..softprompt import SoftPrompt, TaggedText
 from . import Effect, Ending, GenerationSettings
 from .samplers import samplers
 
@@ -281,13 +282,14 @@ class TransformersEngine:
 
         The soft prompts and the text are fixed when this is called; the model starts when the first piece
         is asked for and no other generation is running. Closing the iterator or setting ``stop`` ends it
-        within one token. Raises :class:`ContextExceeded` or :class:`NoModel`; what goes wrong later is
+        within one token. Soft prompts that stand in the prompt itself (:class:`TaggedText`) are read there, behind
+        the others. Raises :class:`ContextExceeded` or :class:`NoModel`; what goes wrong later is
         raised from the iterator.
         """
         handle = self._handle_of(self._existing())
         chosen = handle.selection if softprompts is None else tuple(softprompts)
         ids = self._fit(settings, sum(softprompt.n_tokens for softprompt in chosen))
-        text = _Text(self._tokenizer, ids, settings.stop_sequence, settings.keep_stop)
+        text = _Text(self._tokenizer, without_soft_tokens(ids), settings.stop_sequence, settings.keep_stop)
         return self._pieces(handle, chosen, ids, settings, text, stop or threading.Event())
 
     def _pieces(
@@ -302,7 +304,7 @@ class TransformersEngine:
         """The generation, in a thread of its own that ends before the iterator does."""
         pieces: SimpleQueue[_Piece] = SimpleQueue()
         closed = threading.Event()
-        watcher = _Watcher(text, len(ids), pieces, (stop, closed))
+        watcher = _Watcher(text, _n_text(ids), pieces, (stop, closed))
 
         def run() -> None:
             try:
@@ -353,6 +355,7 @@ class TransformersEngine:
             output = None
         if output is None:  # not before: an error that is being handled holds on to tensors
             output = self._generated(handle, softprompts, ids, settings, watcher)
+        output = output[:, len(ids) - _n_text(ids) :]  # the watcher never saw the soft tokens that stand in the text
         watcher.see(output)  # an end-of-sequence token ends the loop before the criterion is asked
 
     def _generated(
@@ -380,7 +383,7 @@ class TransformersEngine:
                     return_dict_in_generate=False,
                     pad_token_id=self._pad_id(),
                     stopping_criteria=StoppingCriteriaList([watcher]),
-                    **self._sampling(settings, len(ids)),
+                    **self._sampling(settings, _n_text(ids)),
                 )
 
     def _sampling(self, settings: GenerationSettings, n_prompt: int) -> Dict[str, Any]:
@@ -413,7 +416,8 @@ class TransformersEngine:
         The beginning of a story that is too long goes by the eighth of its room: the next turns then begin like
         this one, until the story has grown by an eighth, and what they have in common need not be read again.
         """
-        ids = self._ids(settings.memory + settings.prompt)
+        text = settings.memory + settings.prompt
+        ids = self._ids(text)
         limits = [limit for limit in (self._context, settings.max_context_length) if limit is not None]
         if not limits:
             return ids
@@ -421,21 +425,27 @@ class TransformersEngine:
         if len(ids) <= room:
             return ids
         head = self._ids(settings.memory) if settings.memory else self._prefix()
-        if len(head) >= room:
+        n_inside = len(ids) - len(without_soft_tokens(ids))
+        n_kept = len(without_soft_tokens(head))
+        if n_kept + n_inside >= room:
+            n_soft += n_inside
             soft = f"{n_soft} of soft prompts, " if n_soft else ""
-            memory = f"{len(head)} of memory, " if settings.memory else ""
+            memory = f"{n_kept} of memory, " if settings.memory else ""
             raise ContextExceeded(
                 f"A context of {min(limits)} tokens has no room for the story beside {soft}{memory}"
                 f"{settings.max_length} of new text."
             )
-        step = max(1, (room - len(head)) // 8)
-        steps = -(-(len(ids) - room) // step)
-        return head + ids[len(head) + steps * step :]
+        step = max(1, (room - n_kept - n_inside) // 8)
+        n_going = -(-(len(ids) - room) // step) * step
+        if n_inside:
+            return without_oldest_text(ids, n_going, n_kept)
+        return head + ids[len(head) + n_going :]
 
     def _ids(self, text: str) -> List[int]:
         """Ids of ``text`` behind what the tokenizer begins a text with; never none."""
         if text:
-            ids = list(self._tokenizer(text)["input_ids"])
+            tokenizer = with_softprompts(self._tokenizer) if isinstance(text, TaggedText) else self._tokenizer
+            ids = list(tokenizer(text)["input_ids"])
             end = self._tokenizer.eos_token_id
             if len(ids) > 1 and ids[-1] == end and not text.endswith(str(self._tokenizer.eos_token)):
                 ids.pop()  # some tokenizers close every text; what follows then would be a new one
@@ -474,6 +484,11 @@ class TransformersEngine:
         if model is None:
             raise NoModel(f"The model {self.name} is no longer loaded.")
         return model
+
+
+def _n_text(ids: Sequence[int]) -> int:
+    """How many of ``ids`` the decoding loop sees: those of the text, or one in its place."""
+    return max(1, len(without_soft_tokens(ids)))
 
 
 def _device_of(model: Any) -> torch.device:

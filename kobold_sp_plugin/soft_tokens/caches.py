@@ -28,6 +28,9 @@ _CHANGING_LAYERS = (
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")
 """Rotary embeddings whose first positions look different in a long text than in a short one."""
 
+MOVED = "_kobold_sp_moved"
+"""The attribute of a replaced ``forward`` under which keys and values are others than those that are kept."""
+
 _TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4}
 _TOLERANCE = 0.05
 """How far a probe may be from the same logits without reuse, relative to them; half precisions round."""
@@ -101,6 +104,8 @@ def state_of(model: Any) -> Hashable:
     found: List[Hashable] = []
     for module in model.modules():
         own = vars(module)
+        if getattr(own.get("forward"), MOVED, False):
+            raise NotExact("its positions have been moved")
         found.append(id(module))
         for hook in [*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values()]:
             if not str(getattr(hook, "__module__", "")).startswith("transformers."):

@@ -130,6 +130,11 @@ def embedding_of(model: Any) -> Any:
     return embedding
 
 
+def reads_ids_elsewhere(model: Any, embedding: Any) -> bool:
+    """Whether the model reads the ids of the text in other places than its input embedding, too."""
+    return any(True for _ in _other_readers(model, embedding))
+
+
 def _other_readers(model: Any, embedding: Any) -> Iterator[Tuple[Any, Reader]]:
     for name, module in model.named_modules():
         own = vars(module)

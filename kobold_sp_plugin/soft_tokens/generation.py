@@ -298,7 +298,8 @@ class GenerationAdapter:
             mask = (ids != pad).long() if is_told else torch.ones_like(ids)
         nothing = self._check().num_embeddings - 1
         rows, text, mask = rows.reading(ids, mask, self._bos(), inside, nothing)
-        if kwargs.get("streamer") is not None and not bool(((rows.prompt < rows.first) & (mask > 0)).any()):
+        is_text = (self.insert(rows, text, mask) < rows.first) & (mask > 0)
+        if kwargs.get("streamer") is not None and not bool(is_text.any()):
             raise UnsupportedCall("generate() without any text takes no streamer")
         changed = {**kwargs, "attention_mask": mask}
         if args:

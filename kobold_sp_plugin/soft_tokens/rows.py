@@ -160,7 +160,9 @@ class Rows:
         ids = insert_columns(input_ids, soft[: self.n_before], start)
         if self.n_before == self.n_tokens:
             return ids
-        start = start + self.n_before
+        # Those of a text stand in front of its beginning too.
+        column = torch.arange(ids.shape[1], device=ids.device)
+        start = ((column < start.unsqueeze(1)) | (ids >= self.first)).long().cumprod(1).sum(1)
         if bos is not None:
             at_start = ids.gather(1, start.clamp(max=ids.shape[1] - 1).unsqueeze(1)).squeeze(1)
             start = start + (at_start == bos).long()
@@ -169,7 +171,9 @@ class Rows:
 
 def _through(embedding: Any, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
     """``rows`` of the matrix as they leave the module, with the module's own operations, so that roundings agree."""
-    if "weight" not in embedding._parameters:  # around the module that has the matrix: a LoRA, whose own rows are text's
+    if (
+        "weight" not in embedding._parameters
+    ):  # around the module that has the matrix: a LoRA, whose own rows are text's
         within = (each for each in embedding.modules() if each._parameters.get("weight") is embedding.weight)
         embedding = next(within, embedding)
     scale = getattr(embedding, "embed_scale", None)

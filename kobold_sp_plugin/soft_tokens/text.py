@@ -95,14 +95,17 @@ def without_soft_tokens(ids: Iterable[int]) -> List[int]:
     return [each for each in ids if each < FIRST_ID]
 
 
-def without_oldest_text(ids: Sequence[int], n: int) -> List[int]:
-    """``ids`` without the first ``n`` that are text; a soft token is never left out."""
+def without_oldest_text(ids: Sequence[int], n: int, keep: int = 0) -> List[int]:
+    """``ids`` without ``n`` that are text, behind the first ``keep`` of these; no soft token is ever left out."""
     kept: List[int] = []
     for each in ids:
-        if n > 0 and each < FIRST_ID:
-            n -= 1
-        else:
-            kept.append(each)
+        if each < FIRST_ID:
+            if keep > 0:
+                keep -= 1
+            elif n > 0:
+                n -= 1
+                continue
+        kept.append(each)
     return kept
 
 
