@@ -347,9 +347,8 @@ class GenerationAdapter:
         if generation.has_read_prompt and not generation.reads_all and caches and not _is_empty(caches[0]):
             new_ids = input_ids
             positions = kwargs.get("cache_position")
-            if (
-                positions is not None and generation.rows.room
-            ):  # 4.44 to 4.57 would take the ids at these positions, past the text's end
+            if positions is not None and generation.rows.room:
+                # 4.44 to 4.57 would take the ids at these positions, past the text's end
                 new_ids = input_ids[:, -positions.shape[0] :]
             generation.decoding = True
             inputs = original(new_ids, *args, **kwargs)
