@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 import numpy as np
 import pytest
-from models import softprompt, tiny_model, tiny_tokenizer
+from models import FAMILY, softprompt, tiny_model, tiny_tokenizer
 
 from kobold_sp_plugin import SoftPrompt, formats
 from kobold_sp_plugin.engines.transformers import TransformersEngine
@@ -22,7 +22,7 @@ TRASH = "/api/extra/softprompts/trash"
 
 @pytest.fixture(scope="module")
 def loaded():
-    model = tiny_model("llama")
+    model = tiny_model(FAMILY)
     return model, tiny_tokenizer()
 
 
