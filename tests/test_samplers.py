@@ -161,6 +161,21 @@ def test_the_likeliest_token_always_stays():
             assert name == "typical" or np.isfinite(result[logits.argmax()]), name
 
 
+def test_extremes_overflow_nowhere():
+    for settings in (
+        {"rep_pen": 5e-324},
+        {"rep_pen": 1e308},
+        {"rep_pen": 1.5, "rep_pen_range": 10**300, "rep_pen_slope": 1e308},
+        {"rep_pen": 1.5, "rep_pen_range": 10**12, "rep_pen_slope": 5e-324},
+        {"temperature": 1e308},
+        {"temperature": 1e-4},
+        {"top_a": 1e308},
+        {"top_k": 10**300},
+    ):
+        result = ours(LOGITS[3], **settings)
+        assert not np.isnan(result).any() and np.isfinite(result.max()), settings
+
+
 def test_openais_penalties_count_what_was_generated():
     scores = torch.zeros(1, 10)
     changed = CountPenalty(0.5, 0.25, n_prompt=3)(torch.tensor([[1, 2, 3, 3, 3, 4]]), scores)[0]

@@ -124,15 +124,17 @@ class RepetitionPenalty(LogitsProcessor):
     """
 
     def __init__(self, penalty: float, reach: int = 0, slope: float = 0.0):
-        self._penalty = penalty
-        self._reach = reach
-        self._slope = slope
+        # Past these bounds nothing changes any more, but numbers overflow.
+        self._penalty = min(max(penalty, 0.01), 100.0)
+        self._reach = min(reach, 2**31)
+        self._slope = min(max(slope, 1e-4), 1e4) if slope else 0.0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         seen = input_ids[:, -self._reach :]
         penalties = scores.new_full(seen.shape, self._penalty)
         if self._slope and self._reach > 1:
-            at = torch.arange(self._reach, dtype=scores.dtype, device=scores.device)[-seen.shape[1] :]
+            length = seen.shape[1]
+            at = torch.arange(self._reach - length, self._reach, dtype=torch.float64, device=scores.device)
             at = 2 * at / (self._reach - 1) - 1
             curve = self._slope * at / (1 + at.abs() * (self._slope - 1))
             penalties[:] = 1 + (curve + 1) / 2 * (self._penalty - 1)

@@ -16,7 +16,6 @@ from .fields import (
     SOFT_PROMPT,
     TOKENS,
     Field,
-    given_names,
     read,
     read_generation,
     read_object,
@@ -188,7 +187,7 @@ def _softprompts_api(session: Session, characters: Characters) -> Blueprint:
 
     @api.put("")
     def select() -> Any:
-        names = given_names(_body(SELECTION)["selection"])
+        names = _body(SELECTION)["selection"]
         try:
             session.select(names)
         except SoftPromptError as error:
@@ -202,13 +201,14 @@ def _softprompts_api(session: Session, characters: Characters) -> Blueprint:
     @api.put("/characters")
     def put_character() -> Any:
         values = _body(CHARACTER)
+        names = values.get("soft_prompt", ())
         try:
-            for name in given_names(values.get("soft_prompt", ())):
+            for name in names:
                 session.softprompt(name)
         except SoftPromptError as error:
             return invalid_fields({"soft_prompt": [str(error)]})
         try:
-            characters.keep(values["character"], given_names(values.get("soft_prompt", ())))
+            characters.keep(values["character"], names)
         except SoftPromptError as error:
             return invalid_fields({"character": [str(error)]})
         return {"characters": characters.all()}

@@ -12,7 +12,7 @@ from typing import Any, Callable, Dict, Generic, List, NamedTuple, Optional, Seq
 
 from ..engines import Engine, GenerationSettings, Tokenizing
 from ..errors import SoftPromptError
-from ..session import Session
+from ..session import MOST_SELECTED, Session
 from ..softprompt import SoftPrompt
 from .characters import Characters
 
@@ -114,6 +114,13 @@ def _one_or_more_texts(value: Any) -> Tuple[str, ...]:
     return texts
 
 
+def _file_names(value: Any) -> Tuple[str, ...]:
+    names = _text_or_texts(value)
+    if len(names) > MOST_SELECTED:
+        raise ValueError(f"Longer than maximum length {MOST_SELECTED}.")
+    return tuple(name for name in names if name.strip())
+
+
 def _order(value: Any) -> Tuple[int, ...]:
     if not isinstance(value, list) or len(value) < 6:
         raise ValueError("Shorter than minimum length 6.")
@@ -167,6 +174,8 @@ _TEXT_LIST: Dict[str, Any] = {"type": "array", "items": {"type": "string"}}
 TEXTS = Kind(_texts, _TEXT_LIST)
 TEXT_OR_TEXTS = Kind(_text_or_texts, {"anyOf": [TEXT.schema, _TEXT_LIST]})
 PROMPTS = Kind(_one_or_more_texts, {"anyOf": [TEXT.schema, {**_TEXT_LIST, "minItems": 1, "maxItems": MOST_AT_ONCE}]})
+FILE_NAMES = Kind(_file_names, {"anyOf": [TEXT.schema, {**_TEXT_LIST, "maxItems": MOST_SELECTED}]})
+"""One soft prompt or several in order, blank ones left out."""
 ORDER = Kind(
     _order,
     {
@@ -221,7 +230,7 @@ _PENALTY = number(least=-100, most=100)
 
 _OURS = {
     "soft_prompt": Field(
-        TEXT_OR_TEXTS,
+        FILE_NAMES,
         "For this request alone: a soft prompt's file name, several in order, or blank for none. "
         "Where it is missing: what the character has, else what is selected.",
     ),
@@ -325,13 +334,13 @@ SOFT_PROMPT: Dict[str, Field] = {"value": Field(TEXT, "A soft prompt's file name
 """``PUT config/soft_prompt``."""
 
 SELECTION: Dict[str, Field] = {
-    "selection": Field(TEXT_OR_TEXTS, "File names in order; blank or an empty list for none.", required=True)
+    "selection": Field(FILE_NAMES, "File names in order; blank or an empty list for none.", required=True)
 }
 """``PUT /api/extra/softprompts``."""
 
 CHARACTER: Dict[str, Field] = {
     "character": Field(TEXT, "The character's name, as the front end writes it.", required=True),
-    "soft_prompt": Field(TEXT_OR_TEXTS, "File names in order; missing, blank or empty: nothing is kept for it."),
+    "soft_prompt": Field(FILE_NAMES, "File names in order; missing, blank or empty: nothing is kept for it."),
 }
 """``PUT /api/extra/softprompts/characters``."""
 
@@ -470,15 +479,7 @@ def _request(values: Dict[str, Any], settings: Sequence[GenerationSettings]) -> 
         for each in settings
         for later in range(values.get("n", 1))
     )
-    names = values.get("soft_prompt")
-    return GenerationRequest(
-        several, None if names is None else given_names(names), values.get("character", ""), values.get("genkey", "")
-    )
-
-
-def given_names(names: Sequence[str]) -> Tuple[str, ...]:
-    """File names without the blank ones, which stand for none."""
-    return tuple(name for name in names if name.strip())
+    return GenerationRequest(several, values.get("soft_prompt"), values.get("character", ""), values.get("genkey", ""))
 
 
 def _whole(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
+from ..session import MOST_SELECTED
 from .fields import (
     CHARACTER,
     CHAT,
@@ -15,6 +16,7 @@ from .fields import (
 )
 
 _STRING: Dict[str, Any] = {"type": "string"}
+_EVENT: Dict[str, Any] = {"type": "object", "properties": {"event": _STRING, "data": _STRING}}
 _NAMES: Dict[str, Any] = {"type": "array", "items": _STRING}
 
 
@@ -83,7 +85,7 @@ _OPERATIONS = (
         "post",
         "/api/extra/generate/stream",
         "Continue a text, as server-sent events: `event: message`, `data: {token, finish_reason}`",
-        _STRING,
+        _EVENT,
         GENERATION,
         _GENERATING,
         is_stream=True,
@@ -143,7 +145,7 @@ def _operation(operation: _Operation, usable: Sequence[str]) -> Dict[str, Any]:
     is_openai = operation.path.startswith("/v1/")
     content = {"application/json": {"schema": operation.answer}}
     if operation.is_stream:
-        stream = {"text/event-stream": {"schema": _STRING}}
+        stream = {"text/event-stream": {"schema": _EVENT}}
         content = {**content, **stream} if is_openai else stream
     answers: Dict[str, Any] = {"200": {"description": "It is done", "content": content}}
     for status in operation.errors + ((413,) if operation.fields else ()):
@@ -176,4 +178,4 @@ def _schema(fields: Dict[str, Field], usable: Sequence[str]) -> Dict[str, Any]:
 def _softprompts(usable: Sequence[str], several: bool) -> Dict[str, Any]:
     blank = {"type": "string", "pattern": r"^\s*$"}
     one = {"anyOf": [{"type": "string", "enum": list(usable)}, blank]} if usable else blank
-    return {"anyOf": [one, {"type": "array", "items": one, "maxItems": 8}]} if several else dict(one)
+    return {"anyOf": [one, {"type": "array", "items": one, "maxItems": MOST_SELECTED}]} if several else dict(one)

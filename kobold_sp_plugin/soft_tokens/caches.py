@@ -113,7 +113,7 @@ def state_of(model: Any) -> Hashable:
         for tensors in (own["_parameters"], own["_buffers"]):
             for tensor in tensors.values():
                 if tensor is not None:
-                    found.extend((id(tensor), tensor.data_ptr(), tensor._version))
+                    found.extend((id(tensor), tensor.dtype, tensor.data_ptr(), tensor._version))
         if "_disable_adapters" in own:
             found.append(str([own.get(name) for name in ("_disable_adapters", "_active_adapter", "merged_adapters")]))
             found.append(str(own.get("scaling")))

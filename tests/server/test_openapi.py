@@ -52,15 +52,15 @@ def test_every_field_says_what_it_means(table):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_the_server_is_as_the_document_says(server):
+@pytest.mark.timeout(900)
+def test_the_server_is_as_the_document_says(server, tmp_path):
     program = shutil.which("schemathesis")
     if program is None:
         pytest.skip("schemathesis is not installed: pip install schemathesis")
     url = server.url.rstrip("/")
-    command = [program, "run", f"{url}/api/v1/openapi.json", "--url", url, "--max-examples", "20", "--no-color"]
-    # A text may be right by every field and still not fit the context.
-    excluded = ["--exclude-checks", "positive_data_acceptance"]
-    result = subprocess.run([*command, *excluded], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=580)
+    command = [program, "run", f"{url}/api/v1/openapi.json", "--url", url, "--no-color", "--max-examples", "20"]
+    # A text may be right by every field and still not fit the context: that check cannot know.
+    command += ["--exclude-checks", "positive_data_acceptance", "--request-timeout", "60"]
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=tmp_path)
     print(result.stdout.decode())
     assert result.returncode == 0, result.stdout.decode()[-8000:]
