@@ -17,6 +17,7 @@ Each family runs in a process of its own, for at most two minutes.
 
 import argparse
 import copy
+import inspect
 import logging
 import multiprocessing
 import os
@@ -222,10 +223,11 @@ def text_of(length, seed=0):
 
 
 def generate(model, ids, mask=None, **options):
-    mask = torch.ones_like(ids) if mask is None else mask
     options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, **options}
+    if mask is not None or "attention_mask" in inspect.signature(model.forward).parameters:
+        options["attention_mask"] = torch.ones_like(ids) if mask is None else mask
     with torch.no_grad():
-        return model.generate(ids, attention_mask=mask, output_scores=True, return_dict_in_generate=True, **options)
+        return model.generate(ids, output_scores=True, return_dict_in_generate=True, **options)
 
 
 def forward(model, ids, **kwargs):

@@ -135,6 +135,23 @@ class Catalogue:
         self._remember(filename, path, stamp, None)
         return softprompt
 
+    def named(self, name: str) -> Optional[SoftPrompt]:
+        """Read the soft prompt of this file name, with or without its extension, or of this name; None: there is none.
+
+        Raises :class:`UnknownSoftPrompt` where several have it, or what :meth:`load` raises.
+        """
+        entries = self.entries()
+        for found in (
+            [entry.filename for entry in entries if entry.filename == name],
+            [entry.filename for entry in entries if os.path.splitext(entry.filename)[0] == name],
+            [entry.filename for entry in entries if entry.name == name],
+        ):
+            if len(found) > 1:
+                raise UnknownSoftPrompt(f"{name[:200]!r} may be any of {', '.join(found[:20])}; write the file's name")
+            if found:
+                return self.load(found[0])
+        return None
+
     def _path(self, filename: str) -> str:
         """The path of a listed name; a name that leads out of the folder or is never listed has none."""
         if filename in ("", ".", "..") or re.search(r"[/\\\0]", filename) or os.path.splitdrive(filename)[0]:

@@ -301,7 +301,8 @@ def _tagged(softprompt: SoftPrompt) -> Tuple[SoftPrompt, str]:
     """The soft prompt of this content that all texts share, and its tag."""
     name = softprompt.name or "unnamed"
     name = name if len(name) <= _LONGEST_NAME else name[:_LONGEST_NAME] + "…"
-    bare = "<softprompt:" + re.sub(r"[%<>#\x00-\x1f]", lambda found: quote(found.group()), name)
+    shown = (c if c.isprintable() and c not in "%<>#" else quote(c, safe="", errors="replace") for c in name)
+    bare = "<softprompt:" + "".join(shown)
     with _TAGGING:
         holder = _HOLDERS.setdefault(bare + ">", softprompt)
         if holder == softprompt:

@@ -31,6 +31,8 @@ _READ = "_kobold_sp_read"
 
 READ_ALL = ("cpmant", "xlm-roberta-xl", "xlnet")
 """Models that have to be given all ids at each step: they find by themselves what is new, and where it stands."""
+READ_ALL_AT_FIRST = ("mamba2",)
+"""Those that had to be before 4.57: batches go wrong where the mask is not made as long as the ids."""
 
 
 def _cuts_relatively() -> bool:
@@ -119,7 +121,9 @@ class GenerationAdapter:
     ):
         self._model = weakref.ref(model)
         self._has_encoder = has_encoder(model)
-        self._model_type = getattr(model.config, "model_type", None)
+        kind = getattr(model.config, "model_type", None)
+        is_late = hasattr(model, "_prefill") or hasattr(model, "_prefill_chunking")
+        self._reads_all = kind in READ_ALL or (kind in READ_ALL_AT_FIRST and not is_late)
         self._chosen = chosen
         self._check = check
         self._ended = ended
@@ -195,8 +199,7 @@ class GenerationAdapter:
         given = _ids_of(args, kwargs)
         inside = softprompts_in(given)
         rows = self._chosen(tuple(inside.values()))
-        reads_all = self._model_type in READ_ALL
-        remembers = getattr(self._thread, "remembers", False) and not reads_all and not self._has_encoder
+        remembers = getattr(self._thread, "remembers", False) and not self._reads_all and not self._has_encoder
         if rows is None:
             return self._generate_without(original, remembers, *args, **kwargs)
         self._check()
@@ -205,7 +208,8 @@ class GenerationAdapter:
             rows, args, kwargs = self._text_of(rows, inside, args, kwargs)
         n_new = self._beyond_cache(rows, args, kwargs)
         kwargs = self._with_room_for(rows, args, kwargs)
-        generation = Generation(rows, reads_all, n_new, Conversation(self.conversations, rows) if remembers else None)
+        conversation = Conversation(self.conversations, rows) if remembers else None
+        generation = Generation(rows, self._reads_all, n_new, conversation)
         with self._in_generation(generation):
             result = original(*args, **kwargs)
             self._remember(generation)
@@ -320,7 +324,11 @@ class GenerationAdapter:
     def _refuse(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._chosen() is not None:
             raise UnsupportedCall("continuous batching takes no soft prompts; use generate(), or clear the selection")
-        return original(*args, **kwargs)
+        result = original(*args, **kwargs)
+        if hasattr(result, "add_request") and "add_request" not in vars(result):
+            # A manager may outlive this moment: what it is asked for while something is selected is refused too.
+            patch(result, "add_request", self._refuse)
+        return result
 
     def _with_room_for(self, rows: Rows, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Dict[str, Any]:
         """``kwargs`` with what the caller says per position widened by the soft tokens' positions."""

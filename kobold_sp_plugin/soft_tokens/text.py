@@ -28,7 +28,7 @@ MOST_KEPT = 64
 """So many soft prompts are kept for the ids that a text was tokenised to; others live as long as somebody has them."""
 
 _OPTIONS = {"add_special_tokens", "padding", "max_length", "pad_to_multiple_of", "padding_side", "return_tensors"}
-_OPTIONS |= {"return_attention_mask", "verbose"}
+_OPTIONS |= {"return_attention_mask", "return_token_type_ids", "verbose"}
 
 _WORD_STARTS = ("\u2581", "\u0120")
 """What tokenizers write for the space before a word."""
@@ -199,6 +199,7 @@ class _ReadsSoftPrompts:
         pad_to_multiple_of: Optional[int] = None,
         padding_side: Optional[str] = None,
         return_tensors: Any = None,
+        return_token_type_ids: Optional[bool] = None,
         **ignored: Any,
     ) -> Any:
         from transformers import BatchEncoding  # here, so that attach() alone does not import it
@@ -218,6 +219,9 @@ class _ReadsSoftPrompts:
             rows[number] = padded + ids if side == "left" else ids + padded
             masks.append(mask + [1] * len(ids) if side == "left" else [1] * len(ids) + mask)
         encoded = {"input_ids": rows, "attention_mask": masks}
+        has_types = "token_type_ids" in tokenizer.model_input_names
+        if has_types if return_token_type_ids is None else return_token_type_ids:
+            encoded["token_type_ids"] = [[0] * len(ids) for ids in rows]
         if is_alone and return_tensors is None:
             return BatchEncoding({name: values[0] for name, values in encoded.items()})
         return BatchEncoding(encoded, tensor_type=return_tensors)

@@ -30,7 +30,7 @@ def text_of(engine, prompt, softprompts=(), **settings):
 @pytest.mark.parametrize("prompt", [NOIR + "The door", "The door " + NOIR + "opened", "The door" + NOIR, NOIR + ""])
 def test_it_writes_what_the_model_writes(engine, prompt):
     tokenizer = with_softprompts(tiny_tokenizer())
-    inputs = tokenizer(prompt, return_tensors="pt")
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     result = engine.model.generate(**inputs, do_sample=False, max_new_tokens=20, pad_token_id=0)
     before = tokenizer.decode(inputs["input_ids"][0], skip_special_tokens=True)
     after = tokenizer.decode(result[0], skip_special_tokens=True)

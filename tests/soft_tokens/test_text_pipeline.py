@@ -17,6 +17,12 @@ from kobold_sp_plugin.softprompt import TaggedText
 SAMPLES = Path(__file__).parents[2] / "softprompts"
 RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 
+# What transformers says of its own defaults, in a pipeline and of the demonstration model's settings.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*max_length.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*do_sample.*:UserWarning"),
+]
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -41,7 +47,7 @@ def test_the_example_of_the_seed(folder):
     # Its checkpoint and its file are others; every other word is as it stands there.
     model = LlamaSoftPromptLM.from_pretrained(folder)
     tokenizer = LlamaSPTokenizerFast.from_pretrained(folder)
-    generator = pipeline('text-generation', model=model, tokenizer=tokenizer)  # fmt: skip  # noqa: Q000
+    generator = pipeline('text-generation', model=model, tokenizer=tokenizer)  # fmt: skip
 
     sp = SoftPrompt.from_file(folder + "/neuromancer.zip")
     prompt = sp + "The sky over the port"
