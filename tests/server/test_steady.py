@@ -187,6 +187,7 @@ def test_closing_tells_those_whose_text_is_not_whole(session, model):
     assert answers[0].json["detail"]["msg"] == "The server is closing."
 
 
+@pytest.mark.timeout(240)  # it waits for a process of its own, on whatever else the machine does
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_sigterm_answers_who_waits_and_ends_the_process(tmp_path):
     with socket.socket() as free:
