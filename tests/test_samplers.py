@@ -92,7 +92,7 @@ def ours(logits, greedy=False, ids=IDS, eos=(), texts=(), n_prompt=0, **settings
     """What our samplers make of the logits; everything is off that is not named."""
     settings = GenerationSettings("", **{**OFF, **settings})
     chosen = samplers(settings, n_prompt, eos, lambda: texts, greedy)
-    scores = torch.tensor(logits, dtype=torch.float64)[None]
+    scores = torch.tensor(logits)[None]
     before = scores.clone()
     result = chosen(torch.tensor([ids], dtype=torch.long), scores)[0].numpy()
     assert torch.equal(scores, before), "what was handed in stays as it was"
@@ -168,11 +168,12 @@ def test_extremes_overflow_nowhere():
         {"rep_pen": 1.5, "rep_pen_range": 10**300, "rep_pen_slope": 1e308},
         {"rep_pen": 1.5, "rep_pen_range": 10**12, "rep_pen_slope": 5e-324},
         {"temperature": 1e308},
+        {"temperature": 1e308, "top_p": 0.2},
         {"temperature": 1e-4},
         {"top_a": 1e308},
         {"top_k": 10**300},
     ):
-        result = ours(LOGITS[3], **settings)
+        result = ours(LOGITS[3].astype(np.float32), **settings)
         assert not np.isnan(result).any() and np.isfinite(result.max()), settings
 
 

@@ -110,7 +110,7 @@ class Temperature(LogitsProcessor):
     """Divides the scores by ``temperature``."""
 
     def __init__(self, temperature: float):
-        self._temperature = temperature
+        self._temperature = min(temperature, 1e6)  # as flat as can be; infinity would make nonsense of what is removed
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         return scores / self._temperature

@@ -92,6 +92,7 @@ def test_what_is_meant_without_a_key_is_ones_own(queue):
     assert queue.meant("", "nobody") == [] and queue.meant("", "b") == [other]
 
 
+@pytest.mark.timeout(240)
 def test_64_clients_at_once_each_get_the_text_they_would_get_alone(server, folder, model):
     names = []
     for number in range(64):
