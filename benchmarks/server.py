@@ -9,7 +9,7 @@
 2. 64 streams at once, each with a soft prompt and a seed of its own: every text is compared with what the same
    request gives alone.
 3. ``kobold-sp serve`` with the demonstration model, in a process of its own: seconds from its start until
-   ``/api/v1/model`` answers.
+   ``/api/v1/model`` answers, and of CPU time until then.
 """
 
 import argparse
@@ -159,7 +159,7 @@ def many_streams(port, folder, width, count, length):
 
 
 def start(runs):
-    seconds = []
+    seconds, worked = [], []
     for _ in range(runs):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -182,12 +182,17 @@ def start(runs):
                 finally:
                     connection.close()
             seconds.append(time.perf_counter() - began)
+            fields = Path(f"/proc/{process.pid}/stat")
+            if fields.is_file():
+                ticks = fields.read_text().rpartition(")")[2].split()[11:13]
+                worked.append(sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK"))
         finally:
             process.terminate()
             process.wait(30)
     print(
         f"\n`kobold-sp serve` with the demonstration model answers after {statistics.median(seconds):.1f} s "
         f"(median of {runs}; {min(seconds):.1f} to {max(seconds):.1f})"
+        + (f", of {statistics.median(worked):.1f} s of CPU" if worked else "")
     )
 
 

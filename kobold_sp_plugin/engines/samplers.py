@@ -110,7 +110,7 @@ class Temperature(LogitsProcessor):
     """Divides the scores by ``temperature``."""
 
     def __init__(self, temperature: float):
-        self._temperature = temperature
+        self._temperature = min(temperature, 1e6)  # as flat as can be; infinity would make nonsense of what is removed
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         return scores / self._temperature
@@ -131,15 +131,18 @@ class RepetitionPenalty(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         seen = input_ids[:, -self._reach :]
-        penalties = scores.new_full(seen.shape, self._penalty)
+        of_token = torch.ones_like(scores)
         if self._slope and self._reach > 1:
             length = seen.shape[1]
             at = torch.arange(self._reach - length, self._reach, dtype=torch.float64, device=scores.device)
             at = 2 * at / (self._reach - 1) - 1
             curve = self._slope * at / (1 + at.abs() * (self._slope - 1))
-            penalties[:] = 1 + (curve + 1) / 2 * (self._penalty - 1)
-        farthest = "amax" if self._penalty >= 1 else "amin"  # from 1, that is the last one's
-        of_token = torch.ones_like(scores).scatter_reduce(1, seen, penalties, farthest)
+            penalties = (1 + (curve + 1) / 2 * (self._penalty - 1)).to(scores.dtype)
+            for row, ids in enumerate(seen.tolist()):
+                last = {token: place for place, token in enumerate(ids)}
+                of_token[row, list(last)] = penalties[list(last.values())]
+        else:
+            of_token.scatter_(1, seen, self._penalty)
         return torch.where(scores > 0, scores / of_token, scores * of_token)
 
 

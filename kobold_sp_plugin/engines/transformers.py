@@ -390,7 +390,12 @@ class TransformersEngine:
         """How ``generate`` draws: with our own samplers; those of the model's own configuration are off."""
         greedy = min(settings.temperature, settings.top_p) < GREEDY_BELOW
         chosen = samplers(settings, n_prompt, self._end_ids(), self._token_texts, greedy)
-        off = {} if greedy else {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0}
+        off: Dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0}
+        config = getattr(self._existing(), "generation_config", None)
+        for name, neutral in (("min_p", None), ("epsilon_cutoff", 0.0), ("eta_cutoff", 0.0)):  # of later releases
+            if getattr(config, name, None):
+                off[name] = neutral
+        off = {} if greedy else off
         return {"do_sample": not greedy, "repetition_penalty": 1.0, "logits_processor": chosen, **off}
 
     def _end_ids(self) -> Tuple[int, ...]:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import zipfile
 from functools import partial
 from urllib.parse import quote
 
@@ -113,6 +114,13 @@ def not_finite(folder):
     return made.getvalue()
 
 
+def zipped(tensor):
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as archive:
+        archive.writestr("tensor.npy", tensor)
+    return made.getvalue()
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
@@ -120,6 +128,7 @@ def not_finite(folder):
         (lambda folder: b"\0", "it is no soft prompt"),
         (lambda folder: as_file(folder / "torn.zip", softprompt(1))[:-200], "zip"),
         (not_finite, "nan"),
+        (lambda folder: zipped(not_finite(folder)), "nan"),
         (lambda folder: b"cos\nsystem\n(S'true'\ntR.", "it is no soft prompt"),
     ],
 )

@@ -92,6 +92,7 @@ def test_what_is_meant_without_a_key_is_ones_own(queue):
     assert queue.meant("", "nobody") == [] and queue.meant("", "b") == [other]
 
 
+@pytest.mark.timeout(240)
 def test_64_clients_at_once_each_get_the_text_they_would_get_alone(server, folder, model):
     names = []
     for number in range(64):
@@ -187,6 +188,7 @@ def test_closing_tells_those_whose_text_is_not_whole(session, model):
     assert answers[0].json["detail"]["msg"] == "The server is closing."
 
 
+@pytest.mark.timeout(240)  # it waits for a process of its own, on whatever else the machine does
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_sigterm_answers_who_waits_and_ends_the_process(tmp_path):
     with socket.socket() as free:

@@ -395,6 +395,7 @@ def test_a_cache_that_is_handed_in_is_left_to_its_owner(llama):
         first, _ = generate(llama, STORY, past_key_values=cache)
     assert cache.get_seq_length() == len(first) - 1
     expected, _ = generate(llama, first + SAID)
+    remembered(llama, [first[-1], *SAID, *STORY])  # begins as what is new does
     with attach(llama).remembering():
         assert generate(llama, first + SAID, past_key_values=cache)[0] == expected
     assert check(llama, first + SAID)[0] == expected
