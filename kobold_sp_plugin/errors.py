@@ -37,6 +37,7 @@
     │   ├── UnsupportedModel        a kind of model that soft tokens are not made for
     │   └── UnsupportedCall         a way of calling the model that soft tokens cannot follow
     ├── EditError                   metadata that cannot be changed where they are, or soft prompts that do not combine
+    │   └── NameTaken               another file has that name
     ├── SelectionError              a choice from the menu that cannot be carried out
     │   ├── NoModel                 nothing is loaded that could use a soft prompt
     │   └── UnknownSoftPrompt       no such file in the folder
@@ -216,6 +217,10 @@ class UnsupportedCall(ModelError):
 
 class EditError(SoftPromptError):
     """Metadata that cannot be changed where they are, or soft prompts that cannot be combined into one."""
+
+
+class NameTaken(EditError):
+    """A file name that another file in the folder has."""
 
 
 class SelectionError(SoftPromptError):

@@ -82,11 +82,13 @@ def inspect(
     matrix: Optional[Matrix] = None,
     text_of: Callable[[int], str] = str,
     count: int = 3,
+    measured: bool = True,
 ) -> Inspection:
     """Read the file at ``path`` and hold it against the model of ``engine``: its ``matrix``, and its tokens' texts.
 
-    Nearest tokens (``count`` for each row), hint and effect are there where the model can use it. The engine's
-    selection stays. Raises a :class:`~kobold_sp_plugin.errors.FormatError` or :class:`OSError`.
+    Nearest tokens (``count`` for each row), hint and effect are there where the model can use it; the effect only
+    if ``measured``, since that waits for a generation that runs. The engine's selection stays. Raises a
+    :class:`~kobold_sp_plugin.errors.FormatError` or :class:`OSError`.
     """
     header, softprompt, known = formats.read_header(path), formats.load(path), engine.facts()
     judgement = judge(softprompt, known)
@@ -110,7 +112,7 @@ def inspect(
         rows=tuple(Row(length, each) for length, each in zip(lengths, found)),
         usual=usual,
         hint=evidence(softprompt, matrix) if rows is not None and matrix is not None and _unproven(judgement) else None,
-        effect=engine.effect([softprompt]) if usable else None,
+        effect=engine.effect([softprompt]) if usable and measured else None,
     )
 
 

@@ -3,10 +3,12 @@ import threading
 import time
 import weakref
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from models import FAMILY, tiny_model, tiny_tokenizer
 
 from kobold_sp_plugin import SoftPrompt, attach
@@ -17,6 +19,7 @@ from kobold_sp_plugin.engines.transformers import PROBES, TransformersEngine, _T
 from kobold_sp_plugin.errors import ContextExceeded, ModelError, NoModel, UnsupportedCall
 
 GREEDY = {"temperature": 0.0}
+RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 
 
 def softprompt(seed=0, n_tokens=5, width=32):
@@ -266,10 +269,32 @@ class TestBudget:
         settings = {"prompt": self.LONG, "memory": "The clock.", "max_length": 20, "max_context_length": asked}
         ids, _ = self.seen_by(model, engine, softprompts=softprompts, **settings)
         memory, story = tokenizer("The clock.")["input_ids"], tokenizer(self.LONG)["input_ids"]
-        assert len(ids) == min(asked or 128, 128) - n_soft - 20
+        room = min(asked or 128, 128) - n_soft - 20
+        assert room - (room - len(memory)) // 8 < len(ids) <= room
         assert ids[: len(memory)] == memory and ids[0] == tokenizer.bos_token_id
         kept = ids[len(memory) :]
         assert kept == story[-len(kept) :]
+
+    def test_the_beginning_goes_by_the_eighth_so_that_turns_begin_alike(self, engine, tokenizer):
+        begins, sizes, words = [], [], self.LONG
+        for turn in range(60):
+            words += f" the clock {turn}"
+            ids = engine._fit(GenerationSettings(words, memory="The clock.", max_length=20), 5)
+            begins.append(tuple(ids[:40]))
+            sizes.append(len(ids))
+        story = len(tokenizer(words)["input_ids"]) - len(tokenizer(self.LONG)["input_ids"])
+        room = 128 - 5 - 20
+        eighth = (room - len(tokenizer("The clock.")["input_ids"])) // 8
+        assert len(set(begins)) <= story // eighth + 2
+        assert all(room - eighth < size <= room for size in sizes)
+
+    @pytest.mark.parametrize("room", range(1, 20))
+    def test_the_last_token_of_the_story_always_stays(self, engine, room):
+        settings = GenerationSettings(self.LONG, memory="The clock.", max_length=1)
+        head, ids = engine._ids("The clock."), engine._ids("The clock." + self.LONG)
+        fitted = engine._fit(replace(settings, max_context_length=len(head) + room + 1), 0)
+        assert fitted[: len(head)] == head and fitted[len(head) :] == ids[len(head) - len(fitted) :]
+        assert len(head) < len(fitted) <= len(head) + room
 
     def test_the_last_token_still_fits(self, engine):
         settings = {"prompt": self.LONG, "max_length": 100, "softprompts": [softprompt()]}
@@ -433,6 +458,86 @@ class TestText:
         pieces, maker = fed(text, stops)
         assert "".join(pieces) == expected
         assert maker.ended == (expected != text)
+
+
+@pytest.mark.skipif(RELEASE < (4, 54), reason="few models of this release have a cache that can be cut")
+class TestConversation:
+    """A story is sent as a whole each turn, and only what is new in it is read."""
+
+    STORY = "The door opened and the rain came in. "
+
+    def read_by(self, model, act):
+        """Positions of each forward pass."""
+        embedding, read = model.get_input_embeddings(), []
+        inner = vars(embedding)["forward"]
+        vars(embedding)["forward"] = lambda ids, *args, **kwargs: (
+            read.append(ids.shape[1]),
+            inner(ids, *args, **kwargs),
+        )[1]
+        try:
+            act()
+        finally:
+            vars(embedding)["forward"] = inner
+        return read
+
+    @pytest.mark.parametrize("softprompts", [(), (softprompt(),)], ids=["plain", "with a soft prompt"])
+    def test_turns_read_what_is_new_and_write_what_they_would(self, engine, model, tokenizer, softprompts):
+        story = self.STORY
+        for turn in range(4):
+            attach(model).forget()
+            expected = text_of(engine, story, softprompts, max_length=8, **GREEDY)
+            again = self.read_by(model, lambda: text_of(engine, story, softprompts, max_length=8, **GREEDY))  # noqa: B023
+            assert again == [1] * 8, "all of it was read already"
+            assert text_of(engine, story, softprompts, max_length=8, **GREEDY) == expected
+            story += expected + f" Nobody said a word. {turn}"
+
+    def test_a_text_that_is_tokenised_anew_is_read_from_where_it_differs(self, engine, model, tokenizer):
+        text_of(engine, self.STORY, **GREEDY)
+        ids = engine._ids(self.STORY)
+        changed = engine._ids(self.STORY + "s")
+        common = next(at for at, pair in enumerate(zip([*ids, None], changed)) if pair[0] != pair[1])
+        read = self.read_by(model, lambda: text_of(engine, self.STORY + "s", **GREEDY))
+        assert read[0] <= len(changed) - common
+        attach(model).forget()
+        expected = text_of(engine, self.STORY + "s", **GREEDY)
+        text_of(engine, self.STORY, **GREEDY)
+        assert text_of(engine, self.STORY + "s", **GREEDY) == expected
+
+    def test_past_a_full_context_most_turns_read_what_is_new(self, engine, model):
+        story, reads = self.STORY * 6, []
+        settings = {"max_length": 2, "memory": "The clock.", "softprompts": [softprompt()], **GREEDY}
+        text_of(engine, story, **settings)
+        for _ in range(20):
+            story += " the"
+            written = []
+            read = self.read_by(model, lambda: written.append(text_of(engine, story, **settings)))  # noqa: B023
+            reads.append(max(read))
+            story += written[0]
+        assert sum(read > 80 for read in reads) in range(2, 9), "where the beginning is cut, all is read"
+        assert sum(read < 10 for read in reads) >= 12
+
+    def test_what_is_kept_is_never_why_there_is_no_memory(self, engine, model):
+        expected = text_of(engine, self.STORY, **GREEDY)
+        text_of(engine, "Nobody", **GREEDY)
+        kept = attach(model)._adapter.conversations._kept
+        assert len(kept) == 2
+        forward = vars(model).get("forward", model.forward)
+
+        def runs_out(*args, **kwargs):
+            if len(kept):
+                raise RuntimeError("out of memory")
+            return forward(*args, **kwargs)
+
+        vars(model)["forward"] = runs_out
+        try:
+            assert text_of(engine, self.STORY, **GREEDY) == expected
+        finally:
+            del vars(model)["forward"]
+
+    def test_an_engine_that_is_closed_keeps_nothing(self, engine, model):
+        text_of(engine, self.STORY)
+        engine.close()
+        assert not attach(model).forget()
 
 
 def test_a_model_that_was_detached_is_left_alone(engine, model):

@@ -5,7 +5,7 @@ Importing this module imports no engine's own libraries.
 
 import threading
 from dataclasses import dataclass
-from typing import Generator, Optional, Protocol, Sequence, Tuple
+from typing import Any, Dict, Generator, List, NamedTuple, Optional, Protocol, Sequence, Tuple, runtime_checkable
 
 from ..compatibility import ModelFacts
 from ..softprompt import SoftPrompt
@@ -16,9 +16,12 @@ class GenerationSettings:
     """One request for text: what stands before it, how long it may get, how its tokens are drawn.
 
     ``max_length``: new tokens. ``max_context_length``: tokens in all, where the client wants fewer than
-    the model has. ``temperature`` near zero: always the likeliest token. ``top_k`` 0, ``top_p`` 1,
-    ``typical`` 1 and ``rep_pen`` 1 switch their sampler off. The text ends before the first of
-    ``stop_sequence``. ``seed``: the same seed gives the same text; None draws one.
+    the model has. ``temperature`` near zero: always the likeliest token. ``top_k`` 0, ``top_a`` 0, ``top_p`` 1,
+    ``min_p`` 0, ``tfs`` 1, ``typical`` 1, ``rep_pen`` 1 and penalties of 0 switch their sampler off; what they mean
+    is told in :mod:`.samplers`. ``sampler_order``: KoboldAI's numbers of its samplers. ``logit_bias``: what is
+    added to the score of a token, by its id. ``bad_words``: what the new text may not hold. ``ban_eos``: no token
+    ends the text. The text ends before the first of ``stop_sequence``, or behind it with ``keep_stop``. ``seed``:
+    the same seed gives the same text; None draws one.
     """
 
     prompt: str
@@ -28,10 +31,33 @@ class GenerationSettings:
     temperature: float = 0.8
     top_p: float = 0.9
     top_k: int = 0
+    top_a: float = 0.0
+    min_p: float = 0.0
+    tfs: float = 1.0
     typical: float = 1.0
     rep_pen: float = 1.0
+    rep_pen_range: int = 0
+    rep_pen_slope: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    sampler_order: Tuple[int, ...] = (6, 0, 1, 2, 3, 4, 5)
+    logit_bias: Tuple[Tuple[int, float], ...] = ()
+    bad_words: Tuple[str, ...] = ()
+    ban_eos: bool = False
     stop_sequence: Tuple[str, ...] = ()
+    keep_stop: bool = False
     seed: Optional[int] = None
+
+
+class Ending(NamedTuple):
+    """How a generation ended; the iterator of its text returns it."""
+
+    reason: str
+    """"length": as many tokens as were asked for. "stop": an end of the text, a stop sequence, or somebody."""
+    n_prompt: int
+    """Tokens of text that were read; soft tokens are not counted."""
+    n_new: int
+    """Tokens that were generated."""
 
 
 class Effect(float):
@@ -107,8 +133,22 @@ class Engine(Protocol):
         settings: GenerationSettings,
         softprompts: Optional[Sequence[SoftPrompt]] = None,
         stop: Optional[threading.Event] = None,
-    ) -> Generator[str, None, None]:
+    ) -> Generator[str, None, Optional[Ending]]:
         """Text, piece by piece, with these soft prompts instead of the selection unless None.
 
         Closing the iterator, or setting ``stop``, ends the generation within one token.
+        """
+
+
+@runtime_checkable
+class Tokenizing(Protocol):
+    """What a server needs besides: an engine that knows its model's tokens."""
+
+    def token_ids(self, text: str) -> List[int]:
+        """The ids that the model would read for a text."""
+
+    def chat_prompt(self, messages: Sequence[Dict[str, Any]]) -> Optional[str]:
+        """A conversation as the model's own template writes it, up to the answer's beginning; None: it has none.
+
+        ``messages``: ``{"role", "content"}``, both text.
         """

@@ -4,6 +4,7 @@ One mechanism serves every release: a stopping criterion. It sees the ids after 
 text of them, and answers whether to stop; streamers came later than our lowest release.
 """
 
+import logging
 import secrets
 import threading
 import weakref
@@ -17,11 +18,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, 
 from transformers import __version__ as transformers_version
 
 from ..compatibility import ModelFacts, context_of, facts
+from ..compatibility.matrix import Matrix, matrix_of
 from ..errors import ContextExceeded, ModelError, NoModel, UnsupportedModel
 from ..soft_tokens import SoftTokens, attach, attached, with_softprompts
 from ..soft_tokens.text import without_oldest_text, without_soft_tokens
 from ..softprompt import SoftPrompt, TaggedText
-from . import Effect, GenerationSettings
+from . import Effect, Ending, GenerationSettings
+from .samplers import samplers
+
+log = logging.getLogger(__name__)
 
 GREEDY_BELOW = 1e-4
 """A temperature or ``top_p`` below this means the likeliest token; samplers overflow there, or keep none."""
@@ -41,8 +46,8 @@ PROBES = (
 _RANDOM = threading.Lock()
 """torch draws from one stream per process: one generation at a time sets it and draws from it."""
 
-_Piece = Union[str, BaseException, None]
-"""Text; None at the end; or the error that ended it."""
+_Piece = Union[str, BaseException, Ending]
+"""Text; how it ended; or the error that ended it."""
 
 _MOST_LOGITS = 2**25
 """Of a batch of probes: 128 MB in float32."""
@@ -153,6 +158,7 @@ class TransformersEngine:
         self._context = context_of(model)
         self._facts: Optional[ModelFacts] = None
         self._measuring = threading.Lock()
+        self._texts: Optional[List[str]] = None
         attach(model)
 
     @property
@@ -166,6 +172,10 @@ class TransformersEngine:
         Waits for the forward pass of a measurement, never for a generation.
         """
         with self._measuring:
+            model = self._model()
+            handle = None if model is None else attached(model)
+            if handle is not None:
+                handle.forget()
             self._model = _gone
 
     @property
@@ -241,12 +251,33 @@ class TransformersEngine:
             return text
         return str(self._tokenizer.convert_ids_to_tokens(token_id) or token_id)
 
+    def matrix(self) -> Matrix:
+        """The model's embedding matrix, to look at some of its rows. Raises :class:`NoEmbedding` or :class:`NoModel`."""
+        return matrix_of(self._existing())
+
+    def token_ids(self, text: str) -> List[int]:
+        """The ids that the model would read for a text."""
+        return self._ids(text)
+
+    def chat_prompt(self, messages: Sequence[Dict[str, Any]]) -> Optional[str]:
+        """A conversation as the tokenizer's template writes it; None where it has none, or not for these messages."""
+        if not getattr(self._tokenizer, "chat_template", None):
+            return None
+        try:
+            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # templates refuse what they do not know, each in its own way
+            log.warning("The template for conversations of %s cannot be used: %s", self.name, error)
+            return None
+        start = str(self._tokenizer.bos_token or "")
+        # Where the tokenizer begins every text with it, a second one would stand there.
+        return text[len(start) :] if start and self._prefix() and text.startswith(start) else text
+
     def generate(
         self,
         settings: GenerationSettings,
         softprompts: Optional[Sequence[SoftPrompt]] = None,
         stop: Optional[threading.Event] = None,
-    ) -> Generator[str, None, None]:
+    ) -> Generator[str, None, Ending]:
         """Text, piece by piece, with these soft prompts in place of the selection unless None.
 
         The soft prompts and the text are fixed when this is called; the model starts when the first piece
@@ -258,7 +289,7 @@ class TransformersEngine:
         handle = self._handle_of(self._existing())
         chosen = handle.selection if softprompts is None else tuple(softprompts)
         ids = self._fit(settings, sum(softprompt.n_tokens for softprompt in chosen))
-        text = _Text(self._tokenizer, without_soft_tokens(ids), settings.stop_sequence)
+        text = _Text(self._tokenizer, without_soft_tokens(ids), settings.stop_sequence, settings.keep_stop)
         return self._pieces(handle, chosen, ids, settings, text, stop or threading.Event())
 
     def _pieces(
@@ -269,7 +300,7 @@ class TransformersEngine:
         settings: GenerationSettings,
         text: "_Text",
         stop: threading.Event,
-    ) -> Generator[str, None, None]:
+    ) -> Generator[str, None, Ending]:
         """The generation, in a thread of its own that ends before the iterator does."""
         pieces: SimpleQueue[_Piece] = SimpleQueue()
         closed = threading.Event()
@@ -279,14 +310,16 @@ class TransformersEngine:
             try:
                 while not self.lock.acquire(timeout=_TURN_SECONDS):
                     if watcher.stopped:
-                        pieces.put(None)
+                        pieces.put(Ending("stop", len(ids), 0))
                         return
                 try:
                     self._run(handle, softprompts, ids, settings, watcher)
                 finally:
                     self.lock.release()
+                has_room = watcher.n_new < settings.max_length
                 pieces.put(text.rest())
-                pieces.put(None)
+                is_short = has_room or text.ended or watcher.last_id in self._end_ids()
+                pieces.put(Ending("stop" if is_short else "length", len(ids), watcher.n_new))
             except BaseException as error:  # whatever it is, the reader must not wait for ever
                 pieces.put(error)
 
@@ -295,8 +328,8 @@ class TransformersEngine:
         try:
             while True:
                 piece = pieces.get()
-                if piece is None:
-                    return
+                if isinstance(piece, Ending):
+                    return piece
                 if isinstance(piece, BaseException):
                     raise piece
                 if piece:
@@ -313,6 +346,26 @@ class TransformersEngine:
         settings: GenerationSettings,
         watcher: "_Watcher",
     ) -> None:
+        try:
+            output = self._generated(handle, softprompts, ids, settings, watcher)
+        except (RuntimeError, MemoryError):
+            # What is kept of earlier texts must never be why there is no memory for this one.
+            if not handle.forget() or watcher.n_new:
+                raise
+            output = None
+        if output is None:  # not before: an error that is being handled holds on to tensors
+            output = self._generated(handle, softprompts, ids, settings, watcher)
+        output = output[:, len(ids) - _n_text(ids) :]  # the watcher never saw the soft tokens that stand in the text
+        watcher.see(output)  # an end-of-sequence token ends the loop before the criterion is asked
+
+    def _generated(
+        self,
+        handle: SoftTokens,
+        softprompts: Sequence[SoftPrompt],
+        ids: List[int],
+        settings: GenerationSettings,
+        watcher: "_Watcher",
+    ) -> torch.Tensor:
         model = self._existing()
         device = _device_of(model)
         input_ids = torch.tensor([ids], device=device)
@@ -320,22 +373,54 @@ class TransformersEngine:
         seed = secrets.randbits(63) if settings.seed is None else settings.seed
         with _RANDOM, handle.override(softprompts), torch.no_grad(), torch.random.fork_rng(devices=gpus):
             torch.manual_seed(seed)  # torch draws from one stream per process; it is given back as it was
-            output = model.generate(
-                input_ids=input_ids,
-                attention_mask=torch.ones_like(input_ids),
-                max_new_tokens=settings.max_length,
-                num_beams=1,
-                num_return_sequences=1,
-                return_dict_in_generate=False,
-                pad_token_id=self._pad_id(),
-                stopping_criteria=StoppingCriteriaList([watcher]),
-                **_sampling(settings),
-            )
-        output = output[:, len(ids) - _n_text(ids) :]  # the watcher never saw the soft tokens that stand in the text
-        watcher.see(output)  # an end-of-sequence token ends the loop before the criterion is asked
+            with handle.remembering():  # a story is sent whole each turn; only what is new in it has to be read
+                return model.generate(
+                    input_ids=input_ids,
+                    attention_mask=torch.ones_like(input_ids),
+                    max_new_tokens=settings.max_length,
+                    num_beams=1,
+                    num_return_sequences=1,
+                    return_dict_in_generate=False,
+                    pad_token_id=self._pad_id(),
+                    stopping_criteria=StoppingCriteriaList([watcher]),
+                    **self._sampling(settings, _n_text(ids)),
+                )
+
+    def _sampling(self, settings: GenerationSettings, n_prompt: int) -> Dict[str, Any]:
+        """How ``generate`` draws: with our own samplers; those of the model's own configuration are off."""
+        greedy = min(settings.temperature, settings.top_p) < GREEDY_BELOW
+        chosen = samplers(settings, n_prompt, self._end_ids(), self._token_texts, greedy)
+        off: Dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0}
+        config = getattr(self._existing(), "generation_config", None)
+        for name, neutral in (("min_p", None), ("epsilon_cutoff", 0.0), ("eta_cutoff", 0.0)):  # of later releases
+            if getattr(config, name, None):
+                off[name] = neutral
+        off = {} if greedy else off
+        return {"do_sample": not greedy, "repetition_penalty": 1.0, "logits_processor": chosen, **off}
+
+    def _end_ids(self) -> Tuple[int, ...]:
+        """The tokens that end a text."""
+        model = self._existing()
+        config = getattr(model, "generation_config", None) or model.config
+        ids = config.eos_token_id
+        return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
+
+    def _token_texts(self) -> List[str]:
+        """What each token adds to a text, in lower case; made once."""
+        if self._texts is None:
+            anchor = self._ids("x")[-1:]
+            before = self._tokenizer.decode(anchor, clean_up_tokenization_spaces=False)
+            sequences = [[*anchor, each] for each in range(len(self._tokenizer))]
+            decoded = self._tokenizer.batch_decode(sequences, clean_up_tokenization_spaces=False)
+            self._texts = [text[len(before) :].lower() for text in decoded]
+        return self._texts
 
     def _fit(self, settings: GenerationSettings, n_soft: int) -> List[int]:
-        """The ids to continue: all of the text, or as much of the story's end as the context has room for."""
+        """The ids to continue: all of the text, or as much of the story's end as the context has room for.
+
+        The beginning of a story that is too long goes by the eighth of its room: the next turns then begin like
+        this one, until the story has grown by an eighth, and what they have in common need not be read again.
+        """
         text = settings.memory + settings.prompt
         ids = self._ids(text)
         limits = [limit for limit in (self._context, settings.max_context_length) if limit is not None]
@@ -355,9 +440,11 @@ class TransformersEngine:
                 f"A context of {min(limits)} tokens has no room for the story beside {soft}{memory}"
                 f"{settings.max_length} of new text."
             )
+        step = max(1, (room - n_kept - n_inside) // 8)
+        n_going = -(-(len(ids) - room) // step) * step
         if n_inside:
-            return without_oldest_text(ids, len(ids) - room, n_kept)
-        return head + ids[len(head) - room :]
+            return without_oldest_text(ids, n_going, n_kept)
+        return head + ids[len(head) + n_going :]
 
     def _ids(self, text: str) -> List[int]:
         """Ids of ``text`` behind what the tokenizer begins a text with; never none."""
@@ -404,20 +491,6 @@ class TransformersEngine:
         return model
 
 
-def _sampling(settings: GenerationSettings) -> Dict[str, Any]:
-    """The settings in transformers' words; what none of them says is as the model's own configuration has it."""
-    if min(settings.temperature, settings.top_p) < GREEDY_BELOW:
-        return {"do_sample": False, "repetition_penalty": settings.rep_pen}
-    return {
-        "do_sample": True,
-        "temperature": settings.temperature,
-        "top_k": settings.top_k,
-        "top_p": settings.top_p,
-        "typical_p": max(settings.typical, 1e-6),  # a mass of 0 is refused, and means the same
-        "repetition_penalty": settings.rep_pen,
-    }
-
-
 def _n_text(ids: Sequence[int]) -> int:
     """How many of ``ids`` the decoding loop sees: those of the text, or one in its place."""
     return max(1, len(without_soft_tokens(ids)))
@@ -454,6 +527,8 @@ class _Watcher(StoppingCriteria):
         self._n_seen = n_prompt
         self._pieces = pieces
         self._stops = stops
+        self.n_new = 0
+        self.last_id: Optional[int] = None
 
     @property
     def stopped(self) -> bool:
@@ -463,6 +538,8 @@ class _Watcher(StoppingCriteria):
         """Pass the text of what is new in ``input_ids [1, length]`` on."""
         new = input_ids[0, self._n_seen :].tolist()
         self._n_seen += len(new)
+        self.n_new += len(new)
+        self.last_id = new[-1] if new else self.last_id
         self._pieces.put(self._text.add(new))
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
@@ -475,7 +552,9 @@ class _Watcher(StoppingCriteria):
 class _Text:
     """Makes text of ids that come one by one, and ends it before the first stop sequence."""
 
-    def __init__(self, tokenizer: Any, prompt_ids: Sequence[int], stop_sequences: Sequence[str]):
+    def __init__(
+        self, tokenizer: Any, prompt_ids: Sequence[int], stop_sequences: Sequence[str], keep_stop: bool = False
+    ):
         self._tokenizer = tokenizer
         self._ids = list(prompt_ids[-_TAIL:])
         self._start = 0
@@ -485,6 +564,7 @@ class _Text:
         self._held = ""
         """Text that may turn out to be the beginning of a stop sequence."""
         self._stop_sequences = [stop for stop in stop_sequences if stop]
+        self._keep_stop = keep_stop
         self.ended = False
 
     def add(self, ids: Sequence[int]) -> str:
@@ -507,10 +587,11 @@ class _Text:
         return self._settled(final)
 
     def _settled(self, final: bool) -> str:
-        found = [at for at in (self._held.find(stop) for stop in self._stop_sequences) if at >= 0]
+        found = [(self._held.find(stop), stop) for stop in self._stop_sequences if stop in self._held]
         if found:
             self.ended = True
-            return self._held[: min(found)]
+            at, stop = min(found)
+            return self._held[: at + len(stop)] if self._keep_stop else self._held[:at]
         keep = 0
         if not final:
             longest = max((len(stop) for stop in self._stop_sequences), default=1) - 1

@@ -1,59 +1,60 @@
-"""KoboldAI's HTTP API, as far as this host has it, and the list of soft prompts with verdicts."""
+"""KoboldAI's HTTP API, and what KoboldCpp added to it; every error is JSON."""
 
-import logging
-import selectors
-import socket
-from typing import Any, Dict, List, Tuple
+import time
+from typing import Any, Dict, Iterator, List, Optional
 
-from flask import Blueprint, Flask, Response, jsonify, request
-from werkzeug.exceptions import HTTPException
+from flask import Blueprint, Flask, Response, request
 
-from ..errors import ContextExceeded, NoModel, SoftPromptError
+from ..engines import Engine, Tokenizing
+from ..errors import NoModel, SoftPromptError
 from ..session import Session
-from .fields import InvalidRequest, read_generation, read_object, read_soft_prompt
-from .generation_queue import Generation, GenerationQueue, QueueClosed, QueueFull, describe
-
-log = logging.getLogger(__name__)
+from .characters import Characters
+from .fields import (
+    CHARACTER,
+    KEY,
+    SELECTION,
+    SOFT_PROMPT,
+    TOKENS,
+    Field,
+    read,
+    read_generation,
+    read_object,
+)
+from .generation_queue import GenerationQueue
+from .openai import add_openai
+from .openapi import document
+from .refusals import NO_MODEL, add_refusals, invalid_fields, refusal, status_of
+from .replies import Texts, as_json, client_name, stream
 
 API_VERSION = "1.2.5"
 """The release of KoboldAI's API that clients are told; from 1.2.2 on they send stop sequences."""
 
-_GONE_SECONDS = 0.1
-"""How often a request that waits for its text looks whether its client is still there."""
+KOBOLDCPP_VERSION = "1.76"
+"""The release of KoboldCpp whose additions these are; without it, KoboldAI Lite asks for eight tokens at a time."""
+
+_CONTEXT = 2048
+"""What a client is told where nothing tells the model's context."""
 
 
-def add_api(app: Flask, session: Session, queue: GenerationQueue) -> None:
-    """Add the API under ``/api/v1``, ``/api/latest`` and ``/api/extra``; every error below ``/api/`` is JSON."""
+def add_api(app: Flask, session: Session, queue: GenerationQueue, characters: Characters, protected: bool) -> None:
+    """Add ``/api/v1``, ``/api/latest``, ``/api/extra`` and ``/v1``; ``protected``: a key is asked for elsewhere."""
     for version in ("v1", "latest"):
-        app.register_blueprint(_kobold_api(session, queue), url_prefix=f"/api/{version}", name=f"api_{version}")
-
-    @app.get("/api/extra/softprompts")
-    def softprompts() -> Dict[str, Any]:
-        session.refresh()
-        return session.status()
-
-    @app.errorhandler(InvalidRequest)
-    def invalid(error: InvalidRequest) -> Tuple[Response, int]:
-        return jsonify(detail=error.detail), 422
-
-    @app.errorhandler(HTTPException)
-    def refused(error: HTTPException) -> Any:
-        if not request.path.startswith("/api/"):
-            return error
-        response = _error(error.code or 500, error.description or error.name, error.name.lower().replace(" ", "_"))
-        for name, value in error.get_headers():
-            if name.lower() == "allow":
-                response.headers[name] = value
-        return response
-
-    @app.errorhandler(Exception)
-    def failed(error: Exception) -> Response:
-        log.exception("%s %s failed", request.method, request.path)
-        return _error(500, describe(error), "server_error")
+        app.register_blueprint(
+            _kobold_api(session, queue, characters), url_prefix=f"/api/{version}", name=f"api_{version}"
+        )
+    app.register_blueprint(_extra_api(session, queue, characters, protected), url_prefix="/api/extra", name="extra")
+    app.register_blueprint(_softprompts_api(session, characters), url_prefix="/api/extra/softprompts")
+    add_openai(app, session, queue, characters)
+    add_refusals(app)
 
 
-def _kobold_api(session: Session, queue: GenerationQueue) -> Blueprint:
+def _kobold_api(session: Session, queue: GenerationQueue, characters: Characters) -> Blueprint:
     api = Blueprint("api", __name__)
+
+    @api.get("/openapi.json")
+    def openapi() -> Dict[str, Any]:
+        usable = [entry.filename for entry in session.entries() if entry.verdict.usable]
+        return document(API_VERSION, usable)
 
     @api.get("/info/version")
     def version() -> Dict[str, str]:
@@ -66,9 +67,11 @@ def _kobold_api(session: Session, queue: GenerationQueue) -> Blueprint:
 
     @api.get("/config/max_context_length")
     def max_context_length() -> Dict[str, int]:
-        engine = session.engine
-        context = engine.context if engine is not None else None
-        return {"value": context or 2048}
+        return {"value": _context_of(session.engine)}
+
+    @api.get("/config/max_length")
+    def max_length() -> Dict[str, int]:
+        return {"value": read_generation({"prompt": ""}).settings[0].max_length}
 
     @api.get("/config/soft_prompt")
     def get_soft_prompt() -> Dict[str, str]:
@@ -76,11 +79,11 @@ def _kobold_api(session: Session, queue: GenerationQueue) -> Blueprint:
 
     @api.put("/config/soft_prompt")
     def put_soft_prompt() -> Any:
-        filename = read_soft_prompt(read_object(request.get_data()))
+        filename = _body(SOFT_PROMPT)["value"]
         try:
-            session.select(filename)
+            session.select(filename if filename.strip() else "")
         except SoftPromptError as error:
-            return jsonify(detail={"value": [str(error)]}), 422
+            return invalid_fields({"value": [str(error)]})
         return {}
 
     @api.get("/config/soft_prompts_list")
@@ -89,59 +92,145 @@ def _kobold_api(session: Session, queue: GenerationQueue) -> Blueprint:
 
     @api.post("/generate")
     def generate() -> Any:
-        wanted = read_generation(read_object(request.get_data()))
+        texts = Texts(queue)
         try:
-            softprompts = wanted.softprompts(session)
-        except SoftPromptError as error:
-            return jsonify(detail={"soft_prompt": [str(error)]}), 422
-        engine = session.engine
-        if engine is None:
-            return _error(503, "No model is loaded.", "service_unavailable")
-        generations: List[Generation] = []
-        try:
-            for settings in wanted.settings:
-                generations.append(queue.submit(engine, settings, softprompts))
-            _wait(generations, request.environ.get("werkzeug.socket"))
-        except (QueueClosed, QueueFull) as error:
-            return _generation_error(error)
+            texts.begin(read_generation(read_object(request.get_data())), session, characters)
+            for _ in texts.events():
+                pass
         finally:
-            for generation in generations:
-                queue.stop(generation)
-        for generation in generations:
-            if generation.error is not None:
-                return _generation_error(generation.error)
-        return {"results": [{"text": generation.text} for generation in generations]}
+            texts.close()
+        if texts.error is not None:
+            return refusal(texts.error)
+        return {"results": [{"text": each.text, "finish_reason": each.reason} for each in texts.generations]}
 
     return api
 
 
-def _generation_error(error: BaseException) -> Response:
-    if isinstance(error, ContextExceeded):
-        return _error(422, str(error), "context_exceeded")
-    if isinstance(error, (NoModel, QueueClosed, QueueFull)):
-        return _error(503, str(error), "service_unavailable")
-    return _error(500, describe(error), "server_error")
+def _extra_api(session: Session, queue: GenerationQueue, characters: Characters, protected: bool) -> Blueprint:
+    api = Blueprint("extra", __name__)
+    since = time.monotonic()
+
+    @api.get("/version")
+    def version() -> Dict[str, Any]:
+        lacking = dict.fromkeys(("txt2img", "vision", "transcribe", "multiplayer", "websearch", "tts"), False)
+        return {"result": "KoboldCpp", "version": KOBOLDCPP_VERSION, "protected": protected, **lacking}
+
+    @api.post("/generate/stream")
+    def generate_stream() -> Response:
+        texts = Texts(queue)
+        wanted = read_generation(read_object(request.get_data()))
+        try:
+            texts.begin(wanted._replace(settings=wanted.settings[:1]), session, characters)
+            texts.wait_for_first()
+        except BaseException:
+            texts.close()
+            raise
+        if texts.error is not None:
+            return refusal(texts.error)
+        return stream(texts, lambda: _kobold_events(texts))
+
+    @api.route("/generate/check", methods=["GET", "POST"])
+    def check() -> Dict[str, Any]:
+        key = _body(KEY).get("genkey", "") if request.method == "POST" else ""
+        return {"results": [{"text": queue.text_so_far(key, client_name())}]}
+
+    @api.post("/abort")
+    def abort() -> Dict[str, str]:
+        meant = queue.meant(_body(KEY).get("genkey", ""), client_name())
+        for generation in meant:
+            queue.stop(generation)
+        return {"success": "true" if meant else "false", "done": "true"}
+
+    @api.post("/tokencount")
+    def tokencount() -> Dict[str, Any]:
+        text = _body(TOKENS).get("prompt", "")
+        engine = session.engine
+        if engine is None:
+            raise NoModel(NO_MODEL)
+        ids = engine.token_ids(text) if isinstance(engine, Tokenizing) else []
+        return {"value": len(ids), "ids": ids}
+
+    @api.get("/true_max_context_length")
+    def true_max_context_length() -> Dict[str, int]:
+        return {"value": _context_of(session.engine)}
+
+    @api.get("/preloadstory")
+    def preloadstory() -> Dict[str, Any]:
+        return {}
+
+    @api.get("/perf")
+    def perf() -> Dict[str, Any]:
+        settings, ending, (process, evaluate) = queue.last or (None, None, (0.0, 0.0))
+        n_new = ending.n_new if ending is not None else 0
+        return {
+            "last_process": process,
+            "last_eval": evaluate,
+            "last_token_count": n_new,
+            "last_seed": -1 if settings is None or settings.seed is None else settings.seed,
+            "total_gens": queue.n_ended,
+            "stop_reason": -1 if ending is None else int(ending.reason == "stop"),
+            "queue": len(queue),
+            "idle": int(not len(queue)),
+            "uptime": time.monotonic() - since,
+        }
+
+    return api
 
 
-def _error(status: int, message: str, kind: str) -> Response:
-    response = jsonify(detail={"msg": message, "type": kind})
-    response.status_code = status
-    return response
+def _softprompts_api(session: Session, characters: Characters) -> Blueprint:
+    api = Blueprint("softprompts", __name__)
+
+    @api.get("")
+    def softprompts() -> Dict[str, Any]:
+        session.refresh()
+        return session.status()
+
+    @api.put("")
+    def select() -> Any:
+        names = _body(SELECTION)["selection"]
+        try:
+            session.select(names)
+        except SoftPromptError as error:
+            return invalid_fields({"selection": [str(error)]})
+        return session.status()
+
+    @api.get("/characters")
+    def get_characters() -> Dict[str, Any]:
+        return {"characters": characters.all()}
+
+    @api.put("/characters")
+    def put_character() -> Any:
+        values = _body(CHARACTER)
+        names = values.get("soft_prompt", ())
+        try:
+            for name in names:
+                session.softprompt(name)
+        except SoftPromptError as error:
+            return invalid_fields({"soft_prompt": [str(error)]})
+        try:
+            characters.keep(values["character"], names)
+        except SoftPromptError as error:
+            return invalid_fields({"character": [str(error)]})
+        return {"characters": characters.all()}
+
+    return api
 
 
-def _wait(generations: List[Generation], client: Any) -> None:
-    """Wait for all of them, or until the client is gone; ``client``: its socket, where the server tells."""
-    for generation in generations:
-        while not generation.finished.wait(_GONE_SECONDS):
-            if client is not None and _is_gone(client):
-                return
+def _kobold_events(texts: Texts) -> Iterator[str]:
+    """One text as server-sent events, each exactly as KoboldAI Lite reads it."""
+    for said in texts.events():
+        if not said.ended:
+            yield f"event: message\ndata: {as_json({'token': said.text, 'finish_reason': None})}\n\n"
+        elif said.generation.error is not None:
+            yield f"event: error\ndata: {as_json(status_of(said.generation.error)[1])}\n\n"
+        else:
+            yield f"event: message\ndata: {as_json({'token': '', 'finish_reason': said.generation.reason})}\n\n"
 
 
-def _is_gone(client: Any) -> bool:
-    """Whether the other side has closed the connection: there is something to read, and it is the end."""
-    try:
-        with selectors.DefaultSelector() as selector:
-            selector.register(client, selectors.EVENT_READ)
-            return bool(selector.select(0)) and client.recv(1, socket.MSG_PEEK) == b""
-    except (OSError, ValueError):  # closed on our side
-        return True
+def _body(table: Dict[str, Field]) -> Dict[str, Any]:
+    """The request's fields, checked; whatever content type it says, or none."""
+    return read(table, read_object(request.get_data()))
+
+
+def _context_of(engine: Optional[Engine]) -> int:
+    return (engine.context if engine is not None else None) or _CONTEXT

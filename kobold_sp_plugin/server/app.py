@@ -1,14 +1,11 @@
 """The embedded host: the page, the menu's events and KoboldAI's HTTP API, for one session."""
 
-import ipaddress
-import json
 import logging
 import mimetypes
 import os
 import socket
 import threading
-from typing import Any, Callable, Dict, Iterable, Optional
-from urllib.parse import SplitResult, urlsplit
+from typing import Any, Callable, Dict, Optional, Sequence
 
 from flask import Flask, Response, request
 from flask_socketio import SocketIO, join_room
@@ -18,8 +15,11 @@ from ..errors import SoftPromptError
 from ..menu import OLD_UI, UI2, Menu
 from ..session import Session
 from .api import add_api
+from .characters import Characters
 from .fields import LONGEST_BODY, InvalidRequest, read_generation
+from .files import add_files
 from .generation_queue import Generation, GenerationQueue, describe
+from .guard import Guard, is_loopback
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +27,8 @@ _ROOMS = {"1": (OLD_UI,), "2": (UI2,)}
 """KoboldAI's pages say which of them they are (``?ui=``); who does not say it hears both."""
 _ENDS = ("done", "stopped", "error")
 _LONGEST_ID = 200
+_LAST_ANSWERS_SECONDS = 2.0
+"""How long closing waits for answers that are under way; a client may take one and read no further."""
 
 # A Windows registry may say otherwise, and a browser runs no script of type text/plain.
 mimetypes.add_type("text/javascript", ".js")
@@ -36,31 +38,43 @@ mimetypes.add_type("text/css", ".css")
 class Server:
     """An HTTP and WebSocket server for one session, bound when it is made; the session stays its maker's.
 
-    ``port`` 0 takes a free one. Raises :class:`OSError` where host and port cannot be bound.
+    ``port`` 0 takes a free one. ``origins`` and ``key``: who else may use it, and with what (:class:`.guard.Guard`).
+    Raises :class:`OSError` where host and port cannot be bound.
     """
 
-    def __init__(self, session: Session, host: str = "127.0.0.1", port: int = 5000):
+    def __init__(
+        self,
+        session: Session,
+        host: str = "127.0.0.1",
+        port: int = 5000,
+        origins: Sequence[str] = (),
+        key: Optional[str] = None,
+    ):
         self._session = session
         bound = _bound(host, port)
         self.port: int = bound.getsockname()[1]
         self.url = f"http://{_shown(host)}:{self.port}/"
         self.queue = GenerationQueue()
+        self._characters = Characters(session.catalogue.folder)
         self.app = Flask(__name__)
         self.app.config["MAX_CONTENT_LENGTH"] = LONGEST_BODY
         self.app.add_url_rule("/", view_func=self._page)
         self.app.after_request(_harden)
-        add_api(self.app, session, self.queue)
+        add_api(self.app, session, self.queue, self._characters, protected=key is not None)
+        add_files(self.app, session, self._characters)
         self.socketio = SocketIO(
             self.app,
             async_mode="threading",
             always_connect=True,  # a client hears that it is connected before it hears anything else
             async_handlers=False,  # a client's events are handled in the order it sent them
             max_http_buffer_size=LONGEST_BODY,
+            cors_allowed_origins=[],  # which is: not its business; the guard has seen to it
         )
         self._closing = threading.Event()
         # Engine.IO's threads sleep up to half a minute before they look whether their client is still there
         self.socketio.server.eio.sleep = self._closing.wait
-        self.app.wsgi_app = _Guard(self.app.wsgi_app, _is_loopback(host))  # type: ignore[method-assign]
+        self._guard = Guard(self.app.wsgi_app, is_loopback(host), origins, key)
+        self.app.wsgi_app = self._guard  # type: ignore[method-assign]
         self.menu = Menu(session, self._emit)
         self._generations: Dict[str, Dict[str, Generation]] = {}
         """Of each client, by the client's own ids, what has not ended."""
@@ -83,9 +97,10 @@ class Server:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop every generation, let every client go and stop listening."""
+        """Stop every generation, tell who waits for it, let every client go and stop listening."""
         self._closing.set()
         self.queue.close()
+        self._guard.wait(_LAST_ANSWERS_SECONDS)
         self.menu.close()
         self._relay.join()
         if self._serving:
@@ -157,8 +172,8 @@ class Server:
             engine = self._session.engine
             if engine is None:
                 raise InvalidRequest({"model": ["No model is loaded."]})
-            softprompts = wanted.softprompts(self._session)
-            generation = self.queue.submit(engine, wanted.settings[0], softprompts, client, tell)
+            softprompts = wanted.softprompts(self._session, self._characters)
+            generation = self.queue.submit(engine, wanted.settings[0], softprompts, client, tell, wanted.key)
         except SoftPromptError as error:
             say("error", error=describe(error))  # not tell: the id may be that of one that goes on
             return
@@ -173,37 +188,10 @@ class Server:
             self.queue.stop(generation)
 
 
-class _Guard:
-    """Keeps other web sites' pages away from the server: they can reach it from a browser on this machine.
-
-    A page elsewhere is told by its ``Origin``; one whose own name was made to point here, by its ``Host``.
-    """
-
-    def __init__(self, app: Callable[..., Iterable[bytes]], loopback_only: bool):
-        self._app = app
-        self._loopback_only = loopback_only
-
-    def __call__(self, environ: Dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        reason = self._reason(environ)
-        if reason is None:
-            return self._app(environ, start_response)
-        body = json.dumps({"detail": {"msg": reason, "type": "forbidden"}})
-        return Response(body, 403, mimetype="application/json")(environ, start_response)
-
-    def _reason(self, environ: Dict[str, Any]) -> Optional[str]:
-        host = _split(f"//{environ.get('HTTP_HOST', '')}")
-        if self._loopback_only and not _is_loopback(host.hostname or ""):
-            return "This server is for this machine only, and answers to no other name than localhost."
-        is_socket = environ.get("PATH_INFO", "").startswith("/socket.io")
-        reads = environ["REQUEST_METHOD"] in ("GET", "HEAD", "OPTIONS") and not is_socket
-        origin = environ.get("HTTP_ORIGIN")
-        if origin is not None and not reads and _split(origin).netloc != host.netloc:
-            return "Requests from the pages of other sites are refused."
-        return None
-
-
 class _Quiet(WSGIRequestHandler):
-    """Writes errors to the log, and not every request."""
+    """Writes errors to the log, and not every request; sends each piece of a text when it is written."""
+
+    disable_nagle_algorithm = True
 
     def log_request(self, code: Any = "-", size: Any = "-") -> None:
         pass
@@ -253,19 +241,3 @@ def _shown(host: str) -> str:
     """``host`` as a browser on this machine reaches it."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
     return f"[{host}]" if ":" in host else host
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _split(url: str) -> SplitResult:
-    try:
-        return urlsplit(url)
-    except ValueError:  # brackets that are no address
-        return urlsplit("")

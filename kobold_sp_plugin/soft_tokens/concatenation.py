@@ -13,9 +13,9 @@ import torch
 
 from ..errors import UnsupportedModel, WidthMismatch
 from ..patching import patch
+from .caches import MOVED
 from .columns import grow_mask, insert_columns, start_of_text
 from .embedding import embedding_of, has_encoder, reads_ids_elsewhere
-from .prefix import MOVED
 
 NOT_COUNTED = -100
 """The label of a position that is not in the loss."""

@@ -1,6 +1,7 @@
 """The generation adapter: soft tokens between the decoding loop and the model, and nowhere else."""
 
 import inspect
+import sys
 import threading
 import weakref
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from ..errors import ContextExceeded, UnsupportedCall
 from ..patching import Patch, patch
 from ..softprompt import SoftPrompt
 from .columns import grow_mask, insert_columns, start_of_text
+from .conversation import Conversation, Conversations
 from .embedding import has_encoder
 from .prefix import Prefixes
 from .rows import Rows
@@ -20,6 +22,9 @@ from .text import softprompts_in
 
 CACHES = ("past_key_values", "past", "cache_params", "state", "mems", "past_buckets_states")
 """Names under which releases and families hand their caches from step to step."""
+
+_NO_ID = sys.maxsize
+"""The first soft token's id where there is none."""
 
 _READ = "_kobold_sp_read"
 """The attribute of a cache that says which soft prompts are in it."""
@@ -83,10 +88,13 @@ class Read(NamedTuple):
 class Generation:
     """What one call of ``generate`` is doing; its soft prompts are a snapshot."""
 
-    def __init__(self, rows: Rows, reads_all: bool, n_new: Optional[int]):
+    def __init__(
+        self, rows: Rows, reads_all: bool, n_new: Optional[int] = None, conversation: Optional[Conversation] = None
+    ):
         self.rows = rows
         self.n_new = n_new
         """Columns of the text that a cache which the caller gave back does not hold; None: there is no such cache."""
+        self.conversation = conversation
         self.has_read_prompt = False
         self.inserted = False
         """The ids that the loop hands over already hold the soft tokens (a prompt that is read in chunks)."""
@@ -122,6 +130,7 @@ class GenerationAdapter:
         self._thread = threading.local()
         self._lock = threading.Lock()
         self._prefixes = Prefixes()
+        self.conversations = Conversations()
         self.running = 0
         """Calls of ``generate`` with soft prompts that have not ended."""
         self.patches: List[Tuple[Any, Patch]] = [
@@ -145,7 +154,7 @@ class GenerationAdapter:
             # What somebody reads between two steps may hold soft tokens; after an encoder nobody reads any.
             generation.decoding = self._has_encoder
             return None
-        return generation.rows
+        return None if generation.rows.first == _NO_ID else generation.rows
 
     def insert(self, rows: Rows, input_ids: torch.Tensor, grown_mask: Optional[torch.Tensor]) -> torch.Tensor:
         """``input_ids`` with the soft tokens in their place; ``grown_mask`` has room for them, None: no padding."""
@@ -175,23 +184,36 @@ class GenerationAdapter:
             if last:
                 self._ended()
 
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        """Have this thread's generations inside the ``with`` block begin with what ``conversations`` keeps."""
+        before = getattr(self._thread, "remembers", False)
+        self._thread.remembers = True
+        try:
+            yield
+        finally:
+            self._thread.remembers = before
+
     # The call
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = _ids_of(args, kwargs)
         inside = softprompts_in(given)
         rows = self._chosen(tuple(inside.values()))
+        remembers = getattr(self._thread, "remembers", False) and not self._reads_all and not self._has_encoder
         if rows is None:
-            return self._generate_without(original, *args, **kwargs)
+            return self._generate_without(original, remembers, *args, **kwargs)
         self._check()
         as_a_whole = bool(inside) or self._is_without_text(args, kwargs)
         if as_a_whole:
             rows, args, kwargs = self._text_of(rows, inside, args, kwargs)
         n_new = self._beyond_cache(rows, args, kwargs)
         kwargs = self._with_room_for(rows, args, kwargs)
-        generation = Generation(rows, self._reads_all, n_new)
+        conversation = Conversation(self.conversations, rows) if remembers else None
+        generation = Generation(rows, self._reads_all, n_new, conversation)
         with self._in_generation(generation):
             result = original(*args, **kwargs)
+            self._remember(generation)
         if not generation.has_read_prompt:
             raise UnsupportedCall(
                 "the soft prompt was not read: somebody has replaced prepare_inputs_for_generation since attach()"
@@ -207,15 +229,25 @@ class GenerationAdapter:
         result.sequences = _behind(given, result.sequences[:, n_text:])
         return result
 
-    def _generate_without(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _remember(self, generation: Optional[Generation]) -> None:
+        if generation is not None and generation.conversation is not None:
+            generation.decoding = False
+            generation.conversation.end(self._model(), lambda ids: self.insert(generation.rows, ids, None))
+
+    def _generate_without(self, original: Callable[..., Any], remembers: bool, *args: Any, **kwargs: Any) -> Any:
         """Without soft prompts; a cache that holds some would be taken for one of the text alone."""
         if _read_in(_cache_in(kwargs)) is not None and _length_of(_cache_in(kwargs)):
             raise UnsupportedCall(
                 "generate() was given a cache that holds a soft prompt, and none is selected; select it again, or "
                 "begin with a new cache"
             )
-        with self._in_generation(None):
+        generation = None
+        if remembers:
+            rows = Rows((), _NO_ID, self._model())
+            generation = Generation(rows, False, conversation=Conversation(self.conversations, rows))
+        with self._in_generation(generation):
             result = original(*args, **kwargs)
+            self._remember(generation)
         for used in (kwargs, result):
             _mark(_cache_in(used), None)
         return result
@@ -409,12 +441,14 @@ class GenerationAdapter:
         generation = self._generation
         if generation is None:
             return original(input_ids, *args, **kwargs)
+        if generation.conversation is not None:
+            generation.conversation.step(input_ids, _cache_in(kwargs))
         mask = kwargs.get("attention_mask")
         if generation.inserted:
             generation.has_read_prompt = True
             generation.decoding = False
             return original(input_ids, *args, **kwargs)
-        if mask is not None and mask.dim() == 2 and mask.shape[1] == input_ids.shape[1]:
+        if generation.rows.room and mask is not None and mask.dim() == 2 and mask.shape[1] == input_ids.shape[1]:
             # Who guesses ahead cuts the mask to the text and its guesses; what went is not padding.
             mask = kwargs["attention_mask"] = grow_mask(mask, generation.rows.room)
         # The first call reads the prompt; later ones read what is new, or, without a cache, all again.
@@ -422,7 +456,8 @@ class GenerationAdapter:
         if generation.has_read_prompt and not generation.reads_all and caches and not _is_empty(caches[0]):
             new_ids = input_ids
             positions = kwargs.get("cache_position")
-            if positions is not None:  # 4.44 to 4.57 would take the ids at these positions, past the text's end
+            if positions is not None and generation.rows.room:
+                # 4.44 to 4.57 would take the ids at these positions, past the text's end
                 new_ids = input_ids[:, -positions.shape[0] :]
             generation.decoding = True
             return original(new_ids, *args, **kwargs)
@@ -434,11 +469,17 @@ class GenerationAdapter:
                 input_ids = self.insert(generation.rows, input_ids, mask)
             return original(input_ids, *args, **kwargs)
         inputs = original(self.insert(generation.rows, input_ids, mask), *args, **kwargs)
-        front = None if generation.has_read_prompt else generation.rows.at_front()
-        is_reused = front is not None and self._prefixes.shorten(self._model(), front, inputs, mask)
-        generation.decoding = is_reused and front is not None and front.is_all
+        generation.decoding = not generation.has_read_prompt and self._begins_later(generation, inputs, mask)
         generation.has_read_prompt = True
         return inputs
+
+    def _begins_later(self, generation: Generation, inputs: Dict[str, Any], mask: Optional[torch.Tensor]) -> bool:
+        """Change ``inputs``, in place, to begin behind what a cache holds; whether all soft tokens are among that."""
+        model = self._model()
+        if generation.conversation is not None and generation.conversation.begin(model, inputs, mask):
+            return True
+        front = None if generation.rows.first == _NO_ID else generation.rows.at_front()
+        return front is not None and self._prefixes.shorten(model, front, inputs, mask) and front.is_all
 
     def _encode(self, original: Callable[..., Any], inputs_tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         generation = self._generation

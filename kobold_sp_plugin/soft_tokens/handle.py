@@ -3,7 +3,7 @@
 import threading
 import weakref
 from contextlib import contextmanager
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple, Union
+from typing import Any, ContextManager, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
 import torch
 
@@ -110,6 +110,19 @@ class SoftTokens:
         finally:
             self._thread.override = before
 
+    def remembering(self) -> ContextManager[None]:
+        """Have what this thread generates inside the ``with`` block begin where an earlier text of it left off.
+
+        Generations of one row then keep what the model has read: at most four texts and 4 GiB, until
+        :meth:`forget` or :meth:`detach`, or until the model changes. What they write is what it was, but for
+        roundings.
+        """
+        return self._adapter.remembering()
+
+    def forget(self) -> bool:
+        """Drop what ``remembering`` has kept; False: there was nothing."""
+        return self._adapter.conversations.forget()
+
     def prepend(
         self, input_ids: torch.Tensor, attention_mask: Optional[torch.Tensor] = None
     ) -> Dict[str, torch.Tensor]:
@@ -208,6 +221,7 @@ class SoftTokens:
             if not self._detached or self._adapter.running:
                 return
             self._adapter.undo()
+            self._adapter.conversations.forget()
             self._hook.undo()
             self._copied()
             for owner in (each() for each in self._owners):

@@ -2,7 +2,7 @@
 
 import copy
 import weakref
-from typing import Any, Dict, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 
@@ -111,6 +111,10 @@ class Rows:
     def ids(self, device: Union[torch.device, str, None] = None) -> torch.Tensor:
         """``[n_tokens]``: the ids, in the order in which they are read."""
         return torch.arange(self.first, self.first + self.n_tokens, device=device, dtype=torch.long)
+
+    def contents(self) -> List[Tuple[SoftPrompt, int]]:
+        """What each id stands for, from ``first`` on: a soft prompt, and the row in it."""
+        return [(softprompt, row) for softprompt in self._in_order for row in range(softprompt.n_tokens)]
 
     def copy_on(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         """``[1 + n_rows + 1, width]``: the rows between two of NaN, which ids of other rows read as.

@@ -4,6 +4,7 @@
 ``KOBOLD_SP_SCREENSHOT=page.png`` saves the page with its menu open and a noir story.
 """
 
+import importlib.util
 import io
 import json
 import os
@@ -21,7 +22,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kobold_sp_plugin import SoftPrompt
+from kobold_sp_plugin import SoftPrompt, formats
+from kobold_sp_plugin.server.folder import LONGEST_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
 STATIC = ROOT / "kobold_sp_plugin" / "server" / "static"
@@ -128,7 +130,9 @@ def server(running):
     yield running
     running.put("/api/v1/config/soft_prompt", {"value": ""})
     for path in running.folder.iterdir():
-        if path.name not in samples:
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in samples:
             path.unlink()
 
 
@@ -341,22 +345,37 @@ def test_a_file_that_cannot_be_used_says_why_and_cannot_be_picked(page, server):
     expect(row(page, "noir.zip")).to_have_attribute("aria-selected", "true")
 
 
-def test_text_from_a_file_is_text(page, server):
+def test_text_from_a_file_is_text(open_page, server):
+    page = open_page()
     page.click("#softprompts-button")
     script = "<script>window.hacked = 'author'</script>"
     markup = "<b>bold</b> &amp; plain"
-    hostile = like_noir(server, name=HOSTILE, author=script, description=markup, supported=[HOSTILE])
-    hostile.save(server.folder / "evil.zip")
-    evil = row(page, "evil.zip")
+    own = {"training": {"documents": 3, "model": HOSTILE}, "made_of": "<b>nothing</b>"}
+    more = {HOSTILE: HOSTILE, "kobold_sp_plugin": {**like_noir(server).metadata["kobold_sp_plugin"], **own}}
+    hostile = like_noir(server, name=HOSTILE, author=script, description=markup, supported=[HOSTILE], **more)
+    filename = "<img src=x onerror=alert(1)>.zip"
+    hostile.save(server.folder / filename)
+    evil = row(page, filename)
     expect(evil.locator(".name")).to_have_text(HOSTILE)
     expect(evil.locator(".author")).to_have_text(f"by {script}")
     expect(evil.locator(".description")).to_have_text(markup)
-    pick(page, "evil.zip")
+    pick(page, filename)
     expect(page.locator("#indicator")).to_contain_text(f"{HOSTILE} · ")
+    expect(page.locator("#stack .name")).to_have_text(HOSTILE)
     page.fill("#story", HOSTILE)
     assert write(page, 5).startswith(HOSTILE)
-    assert page.locator("#rows :is(img, script, b), #mirror img, header img").count() == 0
+
+    evil.locator(".info").click()
+    expect(page.locator("#details-title")).to_have_text(HOSTILE)
+    expect(page.locator("#facts")).to_contain_text(f"3 texts, with {HOSTILE}")
+    page.click("#delete")
+    expect(page.locator("#messages")).to_contain_text(HOSTILE)
+    expect(page.locator("#trashed .filename")).to_have_text(filename)
+    assert page.locator(":is(#softprompts, main, header) :is(img, script), #rows b, #details b").count() == 0
     assert page.evaluate("window.hacked") is None
+    with pytest.raises(Exception, match="TrustedHTML"):  # what the policy would do about a mistake of ours
+        page.evaluate("document.body.innerHTML = '<p>'")
+    open_page.problems[:] = [each for each in open_page.problems if "TrustedHTML" not in each]
 
 
 def test_every_page_and_every_client_sees_one_selection(open_page, server):
@@ -425,6 +444,222 @@ def test_the_menu_works_from_the_keyboard(page, server):
     expect(page.locator("#softprompts-button")).to_be_focused()
 
 
+def drop(page, **files):
+    """Drops files on the page, as from a file manager."""
+    page.evaluate(
+        """files => {
+            const transfer = new DataTransfer();
+            for (const [name, bytes] of Object.entries(files)) {
+                transfer.items.add(new File([new Uint8Array(bytes)], name));
+            }
+            for (const kind of ["dragenter", "dragover", "drop"]) {
+                const options = { dataTransfer: transfer, bubbles: true, cancelable: true };
+                document.getElementById("story").dispatchEvent(new DragEvent(kind, options));
+            }
+        }""",
+        {name: list(content) for name, content in files.items()},
+    )
+
+
+def test_files_are_added_renamed_deleted_and_brought_back(open_page, server, tmp_path):
+    page = open_page()
+    formats.save(like_noir(server), tmp_path / "rows.npy", "float32", "npy")
+    drop(page, **{"rows.npy": (tmp_path / "rows.npy").read_bytes(), "<b>holiday.jpg": b"no soft prompt"})
+    messages = page.locator("#messages")
+    expect(messages).to_contain_text("Added rows.zip; converted from plain NumPy array")
+    expect(messages.locator(".bad")).to_contain_text("<b>holiday.jpg was refused: it is no soft prompt")
+    expect(page.locator("#drop")).to_be_hidden()
+    messages.get_by_role("button", name="Use it").click()
+    expect(row(page, "rows.zip")).to_have_attribute("aria-selected", "true")
+    assert page.input_value("#story") == ""
+
+    row(page, "rows.zip").locator(".info").click()
+    expect(page.locator("#details-title")).to_have_text("rows")
+    page.click("#rename")
+    page.fill("#new-name", "Black rain")
+    page.fill("#new-filename", "noir")
+    page.keyboard.press("Enter")
+    expect(page.locator("#rename-error")).to_contain_text("already")
+    page.fill("#new-filename", "black rain")
+    page.keyboard.press("Enter")
+    expect(page.locator("#details-title")).to_have_text("Black rain")
+    expect(page.locator("#indicator")).to_contain_text("Black rain · ")
+    assert server.selected == "black rain.zip"
+    with page.expect_download() as download:
+        page.click("#download")
+    assert Path(download.value.path()).read_bytes() == (server.folder / "black rain.zip").read_bytes()
+
+    page.click("#delete")
+    expect(row(page, "black rain.zip")).to_have_count(0)
+    expect(page.get_by_role("button", name="Undo").last).to_be_focused()
+    expect(page.locator("#trash-title")).to_have_text("Trash: 1 file")
+    page.keyboard.press("Enter")
+    expect(row(page, "black rain.zip")).to_have_attribute("aria-selected", "true")  # as it was before
+    expect(page.locator("#trash")).to_be_hidden()
+    open_page.problems[:] = [each for each in open_page.problems if "status of 4" not in each]  # what was refused
+
+
+def test_several_are_put_in_order_from_the_keyboard(page, server):
+    pick(page, "noir.zip")
+    row(page, "noir.zip").focus()
+    for filename in ("pirate.zip", "space.zip"):
+        row(page, filename).focus()
+        page.keyboard.press("+")
+        expect(row(page, filename)).to_have_attribute("aria-selected", "true")
+    items = page.locator("#stack > li")
+    expect(items.locator(".name")).to_have_text(["Noir", "Pirate", "Space"])
+    up = page.get_by_role("button", name="Move Space up")
+    up.focus()
+    page.keyboard.press("Enter")
+    expect(items.locator(".name")).to_have_text(["Noir", "Space", "Pirate"])
+    expect(up).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(items.locator(".name")).to_have_text(["Space", "Noir", "Pirate"])
+    expect(page.get_by_role("button", name="Move Space down")).to_be_focused()
+    status = server.get("/api/extra/softprompts")
+    assert status["selection"] == ["space.zip", "noir.zip", "pirate.zip"]
+    soft, context = status["n_tokens"], status["context"]
+    page.fill("#max-length", "100")
+    text = f"{soft} soft tokens, 100 to be written, {context - soft - 100} left for your story, of {context:,}"
+    expect(page.locator("#budget-text")).to_have_text(text)
+    shares = page.locator("#budget > *").evaluate_all("parts => parts.map((part) => Number(part.style.flexGrow))")
+    assert sum(shares) == context and sum(shares[:3]) == soft
+
+    page.get_by_role("button", name="Take Noir off").first.click()
+    expect(items.locator(".name")).to_have_text(["Space", "Pirate"])
+    row(page, "noir.zip").click()
+    expect(items.locator(".name")).to_have_text(["Noir"])
+    page.get_by_role("button", name="Put back").click()
+    expect(items.locator(".name")).to_have_text(["Space", "Pirate"])
+
+
+def test_with_and_without_on_one_seed(page, server):
+    sent = []
+    page.on("websocket", lambda line: line.on("framesent", lambda frame: sent.append(frame)))
+    page.reload()
+    page.wait_for_selector("#connection[data-state=on]")
+    opening = "The door opened and"
+    page.fill("#story", opening)
+    page.fill("#max-length", "30")
+    expect(page.locator("#compare-button")).to_be_disabled()
+    pick(page, "noir.zip")
+    page.click("#compare-button")
+    expect(page.locator("#with-title")).to_have_text("With Noir")
+    expect(page.locator("#with-take")).to_be_enabled()
+    without, with_noir = (page.text_content(f"#{side}-text") for side in ("without", "with"))
+    assert without and with_noir and without != with_noir
+    asked = [json.loads(frame[2:])[1] for frame in sent if '"generate"' in frame]
+    assert [fields.pop("id") and fields.pop("soft_prompt", None) for fields in asked] == ["", None]
+    assert asked[0] == asked[1] and isinstance(asked[0]["sampler_seed"], int)
+    page.click("#with-take")
+    expect(page.locator("#compare")).to_be_hidden()
+    assert page.input_value("#story") == opening + with_noir
+    page.click("#undo")
+    assert page.input_value("#story") == opening
+
+    # Of one that is not in use.
+    pick(page, "")
+    row(page, "space.zip").locator(".info").click()
+    page.click("#try")
+    expect(page.locator("#with-title")).to_have_text("With Space")
+    expect(page.locator("#with-take")).to_be_enabled()
+    assert server.selected == ""
+
+
+def test_the_list_is_searched_sorted_and_filtered(page, server):
+    SoftPrompt(np.zeros((4, 4096), np.float32), {"name": "Áccent wide", "author": "Zoë"}).save(server.folder / "a.zip")
+    like_noir(server, name="Zebra", author="Zoe").save(server.folder / "z.zip")
+    page.click("#softprompts-button")
+    names = page.locator("#rows .name")
+    expect(names.last).to_have_text("Áccent wide")  # it cannot be used
+    page.select_option("#sort", "name")
+    expect(names.nth(1)).to_have_text("Áccent wide")
+    page.fill("#search", "zoe")
+    expect(names).to_have_text(["Áccent wide", "Zebra"])
+    page.check("#usable-only")
+    expect(names).to_have_text(["Zebra"])
+    expect(page.locator("#found")).to_contain_text("1 soft prompt of 7 shown")
+    page.press("#search", "ArrowDown")
+    expect(row(page, "z.zip")).to_be_focused()
+    page.fill("#search", "nothing at all")
+    expect(page.locator("#nothing-found")).to_be_visible()
+    page.press("#search", "Escape")
+    expect(page.locator("#softprompts")).to_be_visible()
+    expect(names.first).to_have_text("None")
+    page.reload()
+    page.click("#softprompts-button")
+    expect(page.locator("#usable-only")).to_be_checked()
+    expect(page.locator("#sort")).to_have_value("name")
+
+
+def test_the_details_say_what_it_is(page, server):
+    page.click("#softprompts-button")
+    row(page, "noir.zip").focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    expect(page.locator("#details-title")).to_be_focused()
+    noir = SoftPrompt.load(server.folder / "noir.zip")
+    expect(page.locator("#facts")).to_contain_text(f"{noir.n_tokens} tokens, each of {noir.width} numbers")
+    expect(page.locator("#row-body tr")).to_have_count(noir.n_tokens)
+    expect(page.locator("#row-body q")).to_have_count(3 * noir.n_tokens)
+    length = float(np.linalg.norm(noir.rows[0]))
+    assert float(page.text_content("#row-body td")) == pytest.approx(length, rel=0.01)
+    expect(page.locator("#effect")).to_contain_text(re.compile(r"It moves [\d.]+% of the next-token probability"))
+    page.keyboard.press("Escape")
+    expect(row(page, "noir.zip")).to_be_focused()
+
+
+def test_a_character_has_soft_prompts_of_its_own(page, server):
+    pick(page, "noir.zip")
+    page.click("#characters-title")
+    page.fill("#character-name", "Rita")
+    page.keyboard.press("Enter")
+    expect(page.locator("#character-list")).to_contain_text("RitaNoir")
+    assert server.get("/api/extra/softprompts/characters") == {"characters": {"Rita": ["noir.zip"]}}
+    page.get_by_role("button", name="Forget Rita").click()
+    expect(page.locator("#character-list > *")).to_have_count(0)
+    assert server.get("/api/extra/softprompts/characters") == {"characters": {}}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 360])
+def test_axe_finds_no_violation(open_page, server, scheme, width):
+    files = importlib.util.find_spec("axe_playwright_python")
+    if files is None:
+        pytest.skip("axe-playwright-python, which brings axe, is not installed")
+    axe = (Path(files.origin).parent / "axe.min.js").read_text("utf-8")
+    page = open_page(viewport={"width": width, "height": 740}, color_scheme=scheme)
+    page.evaluate(axe)
+
+    def check():
+        found = page.evaluate("axe.run()")
+        assert len(found["passes"]) > 15
+        assert [(each["id"], [node["html"] for node in each["nodes"]]) for each in found["violations"]] == []
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+
+    SoftPrompt(np.zeros((4, 4096), np.float32), {"name": "Wide"}).save(server.folder / "wide.zip")
+    pick(page, "noir.zip")
+    row(page, "space.zip").locator(".add").click()
+    expect(page.locator("#stack > li")).to_have_count(2)
+    drop(page, **{"holiday.jpg": b"no soft prompt"})
+    expect(page.locator("#messages .bad")).to_be_visible()
+    expect(row(page, "wide.zip")).to_be_visible()
+    page.click("#help summary")
+    page.click("#characters-title")
+    check()
+    row(page, "noir.zip").locator(".info").click()
+    expect(page.locator("#effect")).to_contain_text("It moves")
+    page.click("#rename")
+    check()
+    page.click("#close")
+    page.fill("#max-length", "5")
+    page.click("#compare-button")
+    expect(page.locator("#with-take")).to_be_enabled()
+    check()
+    open_page.problems[:] = [each for each in open_page.problems if "status of 4" not in each]  # what was refused
+
+
 def test_no_more_can_be_asked_for_than_the_model_has_context(page, server):
     context = server.get("/api/v1/config/max_context_length")["value"]
     expect(page.locator("#max-length")).to_have_attribute("max", str(context))
@@ -473,13 +708,14 @@ def test_without_a_server_the_page_says_so_and_with_it_again_goes_on(open_page, 
 
 def test_the_page_is_small_plain_and_refers_to_nothing_elsewhere():
     files = {path.name: path.read_text("utf-8") for path in STATIC.iterdir()}
-    assert set(files) == {"index.html", "page.css", "page.js", "socket.js"}
-    assert sum(map(len, files.values())) < 60000
+    assert {"index.html", "page.css", "page.js"} <= set(files)
+    assert sum(path.stat().st_size for path in STATIC.iterdir()) < 200_000
     everything = "\n".join(files.values()).replace("http://www.w3.org/2000/svg", "")  # a name, not an address
     assert not re.search(r"https?://|@import|url\(", everything)
     assert not re.search(r"(inner|outer|Adjacent)HTML|\.write\(|\beval\(|new Function", everything)
     assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?![^>]* src=)", files["index.html"])
-    assert "script-src 'self';" in files["index.html"]
+    assert "script-src 'self';" in files["index.html"] and "unsafe" not in files["index.html"]
+    assert f"MOST_BYTES = {LONGEST_FILE};" in files["files.js"]
     assert "connect-src 'self';" in files["index.html"]
 
 

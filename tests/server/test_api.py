@@ -1,133 +1,21 @@
-import http.client
+"""KoboldAI's API, the guard in front of it, and the page's events."""
+
 import json
 import queue
 import socket
 import threading
 import time
-from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 import pytest
 import simple_websocket
 import socketio
-from models import FAMILY, softprompt, tiny_model, tiny_tokenizer
+from models import softprompt
+from serving import GREEDY, connected, eventually, hears, slowly
 
 from kobold_sp_plugin.engines import GenerationSettings
-from kobold_sp_plugin.engines.transformers import TransformersEngine
 from kobold_sp_plugin.server import generation_queue
 from kobold_sp_plugin.server.app import Server
-from kobold_sp_plugin.session import Session
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model():
-    context = {"max_position_embeddings": 512} if FAMILY == "llama" else {"n_positions": 512}
-    return tiny_model(FAMILY, eos_token_id=None, **context)  # a text that ends early would be no use here
-
-
-@pytest.fixture
-def folder(tmp_path):
-    folder = tmp_path / "softprompts"
-    folder.mkdir()
-    softprompt(1, name="Noir", author="A").save(folder / "noir.zip")
-    softprompt(2, n_tokens=6, name="Space").save(folder / "space.zip")
-    softprompt(3, width=64).save(folder / "wide.zip")
-    (folder / "broken.zip").write_bytes(b"not a zip")
-    return folder
-
-
-@pytest.fixture
-def engine(model, tokenizer):
-    engine = TransformersEngine(model, tokenizer, "tiny")
-    yield engine
-    engine.select([])
-
-
-@pytest.fixture
-def session(folder, engine):
-    session = Session(folder, engine)
-    yield session
-    session.close()
-
-
-@pytest.fixture
-def server(session):
-    with Server(session, port=0) as server:
-        yield server
-
-
-class Answer:
-    def __init__(self, response):
-        self.status = response.status
-        self.headers = response.headers
-        self.body = response.read()
-
-    @property
-    def json(self):
-        assert self.headers["Content-Type"] == "application/json"
-        return json.loads(self.body)
-
-
-@pytest.fixture
-def ask(server):
-    def ask(method, path, body=None, headers=None):
-        if body is not None and not isinstance(body, bytes):
-            body = json.dumps(body).encode()
-        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
-        try:
-            connection.request(method, path, body, headers or {})
-            return Answer(connection.getresponse())
-        finally:
-            connection.close()
-
-    return ask
-
-
-@contextmanager
-def connected(server, query=""):
-    """A client of the page: what it hears goes into ``client.heard``."""
-    client = socketio.Client(reconnection=False)
-    client.heard = queue.Queue()
-    client.on("*", lambda event, payload=None: client.heard.put((event, payload)))
-    client.connect(server.url + query, transports=["websocket"])
-    try:
-        yield client
-    finally:
-        client.disconnect()
-
-
-def hears(client, event, seconds=10, **payload):
-    """The next of these events that holds these values."""
-    end = time.monotonic() + seconds
-    while True:
-        name, heard = client.heard.get(timeout=max(0.01, end - time.monotonic()))
-        if name == event and all(heard.get(key) == value for key, value in payload.items()):
-            return heard
-
-
-def eventually(condition, seconds=10):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.005)
-
-
-@contextmanager
-def slowly(model, seconds=0.02):
-    """Every forward takes at least this long."""
-    handle = model.register_forward_hook(lambda *_: time.sleep(seconds))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-GREEDY = {"prompt": "The door opened and", "max_length": 20, "top_k": 1}
 
 
 @pytest.mark.parametrize("prefix", ["/api/v1", "/api/latest"])
@@ -136,6 +24,7 @@ class TestKoboldAPI:
         assert ask("GET", f"{prefix}/info/version").json == {"result": "1.2.5"}
         assert ask("GET", f"{prefix}/model").json == {"result": "tiny"}
         assert ask("GET", f"{prefix}/config/max_context_length").json == {"value": 512}
+        assert ask("GET", f"{prefix}/config/max_length").json == {"value": 80}
 
     def test_list_select_and_take_off(self, ask, prefix, session):
         listed = [{"value": "noir.zip"}, {"value": "space.zip"}]
@@ -168,7 +57,7 @@ class TestKoboldAPI:
     def test_generate(self, ask, prefix, engine):
         answer = ask("POST", f"{prefix}/generate", {**GREEDY, "quiet": True, "unknown": [1], "tfs": 1, "top_a": 0})
         expected = "".join(engine.generate(GenerationSettings("The door opened and", max_length=20, temperature=0)))
-        assert answer.json == {"results": [{"text": expected}]}
+        assert answer.json == {"results": [{"text": expected, "finish_reason": "length"}]}
 
     def test_a_soft_prompt_for_one_request(self, ask, prefix, session):
         def text(**fields):
@@ -258,7 +147,7 @@ class TestGenerate:
         assert answer.status == 413 and answer.json["detail"]["type"] == "request_entity_too_large"
 
     def test_what_cannot_fit_is_422_with_the_numbers(self, ask):
-        answer = ask("POST", "/api/v1/generate", {**GREEDY, "max_length": 512, "soft_prompt": "noir.zip"})
+        answer = ask("POST", "/api/v1/generate", {**GREEDY, "memory": "The clock. " * 200, "soft_prompt": "noir.zip"})
         assert answer.status == 422
         assert answer.json["detail"]["type"] == "context_exceeded" and "512" in answer.json["detail"]["msg"]
 
@@ -270,10 +159,10 @@ class TestGenerate:
         assert answer.json["detail"] == {"msg": "ZeroDivisionError: division by zero", "type": "server_error"}
         assert ask("POST", "/api/v1/generate", GREEDY).status == 200
 
-    def test_without_a_model_it_is_503(self, ask, session):
+    def test_without_a_model_it_is_501(self, ask, session):
         session.use(None)
         answer = ask("POST", "/api/v1/generate", GREEDY)
-        assert answer.status == 503 and answer.json["detail"]["type"] == "service_unavailable"
+        assert answer.status == 501 and answer.json["detail"]["type"] == "not_implemented"
         assert ask("GET", "/api/v1/model").json == {"result": "ReadOnly"}
 
     def test_a_queued_request_keeps_the_soft_prompts_of_its_moment(self, ask, server, session, model):
@@ -287,7 +176,7 @@ class TestGenerate:
             for count in (1, 2):
                 threads.append(threading.Thread(target=lambda: answers.append(ask("POST", "/api/v1/generate", GREEDY))))
                 threads[-1].start()
-                eventually(lambda count=count: waiting(server) == count)
+                eventually(lambda count=count: len(server.queue) == count)
             session.clear()
             for thread in threads:
                 thread.join()
@@ -300,7 +189,7 @@ class TestGenerate:
             for count in (1, 2):
                 threads.append(threading.Thread(target=ask, args=("POST", "/api/v1/generate", GREEDY)))
                 threads[-1].start()
-                eventually(lambda count=count: waiting(server) == count)
+                eventually(lambda count=count: len(server.queue) == count)
             answer = ask("POST", "/api/v1/generate", GREEDY)
             assert answer.status == 503 and answer.json["detail"]["type"] == "service_unavailable"
             for thread in threads:
@@ -314,7 +203,7 @@ class TestGenerate:
             for count in (1, 2):
                 threads.append(threading.Thread(target=lambda: answers.append(ask("POST", "/api/v1/generate", fields))))
                 threads[-1].start()
-                eventually(lambda count=count: waiting(server) == count)
+                eventually(lambda count=count: len(server.queue) == count)
             server.queue.close()
             for thread in threads:
                 thread.join()
@@ -341,15 +230,10 @@ class TestGenerate:
             line = socket.create_connection(("127.0.0.1", server.port))
             head = f"POST /api/v1/generate HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n"
             line.sendall(head.encode() + body)
-            eventually(lambda: waiting(server) == 1)
+            eventually(lambda: len(server.queue) == 1)
             line.close()
-            eventually(lambda: waiting(server) == 0, seconds=3)
+            eventually(lambda: len(server.queue) == 0, seconds=3)
         assert ask("POST", "/api/v1/generate", GREEDY).status == 200
-
-
-def waiting(server):
-    """Generations that run or wait."""
-    return len(server.queue._waiting) + (server.queue._running is not None)
 
 
 class TestOtherAnswers:
@@ -570,9 +454,9 @@ class TestStreaming:
             for own_id in "abc":
                 self.generate(client, own_id, max_length=400)
             hears(client, "generation", state="text")
-            assert waiting(server) == 3
+            assert len(server.queue) == 3
             client.disconnect()
-            eventually(lambda: waiting(server) == 0, seconds=3)
+            eventually(lambda: len(server.queue) == 0, seconds=3)
 
     def test_a_failure_is_told_and_the_next_one_runs(self, server, model, caplog):
         with connected(server) as client:
@@ -615,7 +499,7 @@ def test_closing_with_clients_and_generations_under_way_leaves_nothing(session, 
         assert client.receive(timeout=5).startswith("40{"), "connected, before anything else is said"
         assert client.receive(timeout=5).startswith('42["softprompts",')
         client.send("42" + json.dumps(["generate", {"id": "a", **GREEDY, "max_length": 400}]))
-        eventually(lambda: waiting(server) == 1)
+        eventually(lambda: len(server.queue) == 1)
     with pytest.raises(simple_websocket.ConnectionClosed):
         while client.receive(timeout=5):
             pass

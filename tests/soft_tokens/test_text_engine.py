@@ -49,7 +49,8 @@ def test_the_oldest_story_text_goes_and_never_a_soft_token(engine, memory, selec
     settings = GenerationSettings(prompt, memory, max_length=20)
     n_selected = sum(each.n_tokens for each in selected)
     ids = engine._fit(settings, n_selected)
-    assert len(ids) == engine.context - 20 - n_selected
+    room = engine.context - 20 - n_selected
+    assert room - room // 8 < len(ids) <= room
     assert list(softprompts_in(torch.tensor(ids)).values()).count(NOIR) == 1
     wanted = sum(each.n_tokens for each in (memory + prompt).softprompts)
     assert len(ids) - len(without_soft_tokens(ids)) == wanted

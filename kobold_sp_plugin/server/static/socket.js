@@ -1,5 +1,3 @@
-"use strict";
-
 /**
  * A client for one Socket.IO server over a plain WebSocket: Engine.IO protocol 4, Socket.IO protocol 5,
  * text packets, default namespace. It connects again by itself until the page is left.
@@ -7,7 +5,7 @@
  * Handlers are set with on(event, handler). Two names are the client's own: "connect" (no arguments) and
  * "disconnect" (seconds until the next attempt).
  */
-class SocketClient {
+export class SocketClient {
   static HANDSHAKE_MS = 10000;
   static LONGEST_WAIT_MS = 10000;
 

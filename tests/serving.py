@@ -1,0 +1,108 @@
+"""What tests of the server share: clients of it, and ways to wait."""
+
+import http.client
+import json
+import queue
+import time
+from contextlib import contextmanager
+
+import socketio
+
+GREEDY = {"prompt": "The door opened and", "max_length": 20, "top_k": 1}
+
+
+class Answer:
+    def __init__(self, response):
+        self.status = response.status
+        self.headers = response.headers
+        self.body = response.read()
+
+    @property
+    def json(self):
+        assert self.headers["Content-Type"] == "application/json"
+        return json.loads(self.body)
+
+    @property
+    def text(self):
+        """Of KoboldAI's answer with one text."""
+        ((result,),) = self.json.values()
+        return result["text"]
+
+
+def asking(server):
+    """A function that asks the server and returns its :class:`Answer`."""
+
+    def ask(method, path, body=None, headers=None):
+        if body is not None and not isinstance(body, bytes):
+            body = json.dumps(body).encode()
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+        try:
+            connection.request(method, path, body, headers or {})
+            return Answer(connection.getresponse())
+        finally:
+            connection.close()
+
+    return ask
+
+
+@contextmanager
+def reading(server, path, body):
+    """A response that has begun; its client hangs up in the end, whether it has read everything or not."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    connection.request("POST", path, json.dumps(body).encode())
+    response = connection.getresponse()
+    try:
+        yield response
+    finally:
+        response.close()
+        connection.close()
+
+
+@contextmanager
+def connected(server, query=""):
+    """A client of the page: what it hears goes into ``client.heard``."""
+    client = socketio.Client(reconnection=False)
+    client.heard = queue.Queue()
+    client.on("*", lambda event, payload=None: client.heard.put((event, payload)))
+    client.connect(server.url + query, transports=["websocket"])
+    try:
+        yield client
+    finally:
+        client.disconnect()
+
+
+def hears(client, event, seconds=10, **payload):
+    """The next of these events that holds these values."""
+    end = time.monotonic() + seconds
+    while True:
+        name, heard = client.heard.get(timeout=max(0.01, end - time.monotonic()))
+        if name == event and all(heard.get(key) == value for key, value in payload.items()):
+            return heard
+
+
+def eventually(condition, seconds=10):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.005)
+
+
+@contextmanager
+def slowly(model, seconds=0.02):
+    """Every forward takes at least this long."""
+    handle = model.register_forward_hook(lambda *_: time.sleep(seconds))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def counting(model):
+    """A list that grows by one with every forward."""
+    calls = []
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        yield calls
+    finally:
+        handle.remove()
