@@ -30,8 +30,8 @@ MOST_GROWTH = 0.01
 
 def model_of():
     torch.manual_seed(0)
-    config = transformers.GPT2Config(n_layer=LAYERS, n_embd=WIDTH, n_head=8, vocab_size=VOCABULARY, n_positions=512)
-    config.eos_token_id = None
+    sizes = {"n_layer": LAYERS, "n_embd": WIDTH, "n_head": 8, "vocab_size": VOCABULARY, "n_positions": 512}
+    config = transformers.GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)
     return transformers.GPT2LMHeadModel(config).eval()
 
 

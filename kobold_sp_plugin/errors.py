@@ -40,7 +40,7 @@
     │   └── NameTaken               another file has that name
     ├── SelectionError              a choice from the menu that cannot be carried out
     │   ├── NoModel                 nothing is loaded that could use a soft prompt
-    │   └── UnknownSoftPrompt       no such file in the folder
+    │   └── UnknownSoftPrompt       no such file in the folder, or no soft prompt of the name in a tag
     ├── HostError                   a host application that is not the one a hook knows
     │   ├── UnknownHost             a folder that is none of the host applications that we can be installed into
     │   ├── NoEnvironment           a host whose Python environment cannot be found, told apart or used
@@ -232,7 +232,7 @@ class NoModel(SelectionError):
 
 
 class UnknownSoftPrompt(SelectionError):
-    """There is no such file in the softprompts folder."""
+    """There is no such file in the softprompts folder, or no soft prompt, or several, of the name in a tag."""
 
 
 class HostError(SoftPromptError):

@@ -15,6 +15,7 @@ from ..softprompt import SoftPrompt
 class GenerationSettings:
     """One request for text: what stands before it, how long it may get, how its tokens are drawn.
 
+    Soft prompts may stand in ``prompt`` and ``memory`` (:class:`~kobold_sp_plugin.softprompt.TaggedText`).
     ``max_length``: new tokens. ``max_context_length``: tokens in all, where the client wants fewer than
     the model has. ``temperature`` near zero: always the likeliest token. ``top_k`` 0, ``top_a`` 0, ``top_p`` 1,
     ``min_p`` 0, ``tfs`` 1, ``typical`` 1, ``rep_pen`` 1 and penalties of 0 switch their sampler off; what they mean

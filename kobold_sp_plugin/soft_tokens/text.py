@@ -115,7 +115,8 @@ def with_softprompts(tokenizer: Any) -> Any:
     Called with ``softprompt + "The sky"``, or a list with such texts in it, it gives ids and mask for
     ``generate`` of an attached model, for ``pipeline`` and for a budget. Soft prompts at the beginning stand where
     their order says, before the beginning-of-sequence token or behind it; any other stands where it is written.
-    ``decode`` leaves soft tokens out. Text without soft prompts is tokenised as ever.
+    Rows are padded on the left, as ``generate`` needs them, unless ``padding_side`` is given. ``decode`` leaves
+    soft tokens out. Text without soft prompts is tokenised as ever.
     """
     if isinstance(tokenizer, _ReadsSoftPrompts):
         return tokenizer
@@ -197,7 +198,7 @@ class _ReadsSoftPrompts:
         padding: Any = False,
         max_length: Optional[int] = None,
         pad_to_multiple_of: Optional[int] = None,
-        padding_side: Optional[str] = None,
+        padding_side: Optional[str] = "left",
         return_tensors: Any = None,
         return_token_type_ids: Optional[bool] = None,
         **ignored: Any,
@@ -211,13 +212,12 @@ class _ReadsSoftPrompts:
         length += -length % (pad_to_multiple_of or 1)
         if padding in (False, "do_not_pad"):
             length = 0
-        side = padding_side or tokenizer.padding_side
         pad = next((each for each in (tokenizer.pad_token_id, tokenizer.eos_token_id) if each is not None), 0)
         masks = []
         for number, ids in enumerate(rows):
             padded, mask = [pad] * (length - len(ids)), [0] * (length - len(ids))
-            rows[number] = padded + ids if side == "left" else ids + padded
-            masks.append(mask + [1] * len(ids) if side == "left" else [1] * len(ids) + mask)
+            rows[number] = padded + ids if padding_side == "left" else ids + padded
+            masks.append(mask + [1] * len(ids) if padding_side == "left" else [1] * len(ids) + mask)
         encoded = {"input_ids": rows, "attention_mask": masks}
         has_types = "token_type_ids" in tokenizer.model_input_names
         if has_types if return_token_type_ids is None else return_token_type_ids:

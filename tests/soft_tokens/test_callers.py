@@ -70,11 +70,12 @@ def written(model, tokenizer, text, **options):
 
 def test_the_text_generation_pipeline(talker):
     model, tokenizer = talker
-    expected = written(model, tokenizer, "The door opened")
+    # Pipelines of older releases add no beginning of a text.
+    expected = [written(model, tokenizer, "The door opened", add_special_tokens=each) for each in (True, False)]
     attach(model).select(rows_of(model, HARD))
     pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer, device=-1)
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "return_full_text": False}
-    assert pipe("The door opened", **options)[0]["generated_text"] == expected
+    assert pipe("The door opened", **options)[0]["generated_text"] in expected
     texts = ["The door opened", "Nobody said a word; the clock"]
     one_by_one = [pipe(text, **options)[0]["generated_text"] for text in texts]
     tokenizer.padding_side = "left"

@@ -277,6 +277,17 @@ def test_the_tokenizer_is_otherwise_the_same(tokenizer, tmp_path, caplog):
     assert "read as ordinary text" in caplog.text
 
 
+def test_rows_are_padded_on_the_left_as_generate_needs_them():
+    texts = [NOIR + "The door", "The " + ICE]
+    made = with_softprompts(tiny_tokenizer())
+    lengths = [len(made(text)["input_ids"]) for text in texts]
+    short = [0] * (lengths[0] - lengths[1])
+    assert made(texts, padding=True)["attention_mask"] == [[1] * lengths[0], short + [1] * lengths[1]]
+    assert made(texts, padding=True, padding_side="right")["attention_mask"][1] == [1] * lengths[1] + short
+    assert len(made(texts, padding="max_length", max_length=40)["input_ids"][1]) == 40
+    assert len(made(texts, padding=True, pad_to_multiple_of=16)["input_ids"][1]) % 16 == 0
+
+
 def test_eight_different_ones_side_by_side(tokenizer):
     model = tiny_model("gpt2")
     several = [softprompt(seed, 5) for seed in range(8)]
