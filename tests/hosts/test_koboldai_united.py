@@ -463,13 +463,13 @@ class TestTraining:
     def form(self, place):
         """What the page sends, on a folder of texts."""
         words = ["door", "rain", "clock", "wall", "word", "stopped", "opened"]
-        written = [f"The {a} {b} and the {c}; nobody said a {a}." for a in words for b in words for c in words]
+        written = [f"The {a} {b} and the {c}; nobody said a {a}." for a in words for b in words for c in words[:1]]
         (place / "texts").mkdir()
         (place / "texts" / "a.txt").write_text("<|endoftext|>".join(written), encoding="utf-8")
         form = {"sp_title": "Rain <b>", "sp_prompt": "@The door opened", "sp_dataset": "texts"}
         return {**form, "sp_author": "Ada", "sp_description": "Wet."}
 
-    @pytest.mark.timeout(180)  # another Python starts, and imports all that training needs
+    @pytest.mark.timeout(300)  # another Python starts, and imports all that training needs
     def test_it_ends_in_the_menu(self, host, page, place, texts, form):
         page.ask(form)
         assert page.hears("running")["name"] == "Rain <b>"
@@ -477,7 +477,7 @@ class TestTraining:
         page.ask(form)
         assert "only one at a time" in page.notice()
         assert TrainingPage(host).told()["state"] == "running", "a page that is loaded anew is told"
-        assert "helps" in page.hears("done", seconds=120)["message"]
+        assert "helps" in page.hears("done", seconds=240)["message"]
         assert page.told()["step"] == page.told()["steps"] > 5 and page.told()["held_out"] < 6
         entry = next(each for each in host.session.status()["entries"] if each["name"] == "Rain <b>")
         assert (entry["author"], entry["description"], entry["usable"]) == ("Ada", "Wet.", True)
@@ -489,17 +489,17 @@ class TestTraining:
         host["spRequest"](entry["filename"])
         assert host.text() != texts[""]
 
-    @pytest.mark.timeout(180)
+    @pytest.mark.timeout(400)
     def test_it_can_be_cancelled_and_gone_on_with(self, host, page, place, form):
         file = place / "texts" / "a.txt"
-        file.write_text("<|endoftext|>".join([file.read_text(encoding="utf-8")] * 12), encoding="utf-8")
+        file.write_text("<|endoftext|>".join([file.read_text(encoding="utf-8")] * 40), encoding="utf-8")
         page.ask(form)
         page.hears("running", lambda status: status.get("step", 0) >= 1 and "loss" in status, seconds=120)
         page.emit("softprompt_training_cancel")
         assert "Saved at step" in page.hears("cancelled", seconds=60)["message"]
         assert not list(place.glob("softprompts/Rain*"))
         page.ask(form)
-        page.hears("running", lambda status: "Going on from step" in status["message"], seconds=120)
+        page.hears("running", lambda status: "Going on from step" in status["message"], seconds=180)
         page.emit("softprompt_training_cancel")
         page.hears("cancelled", seconds=60)
 

@@ -579,6 +579,7 @@ class TestNewPage:
 
 
 class TestTrainingPage:
+    @pytest.mark.timeout(1200)  # three processes that import all that training needs, each after the host's stories
     def test_the_form_trains_and_the_soft_prompt_is_in_the_list(self, make_host, open_page):
         words = ["door", "rain", "clock", "wall", "word", "street", "night"]
         texts = [f"The {a} and the {b} were gone, and {c} was all." for a in words for b in words for c in words[:3]]
