@@ -37,5 +37,7 @@ def main() -> None:
         reconfigure(errors="replace")  # a name may hold what the terminal's encoding has not
 
 
-for _command in (serve, list_, inspect, check, convert, edit, combine, train, dataset, export, install, uninstall, status, run):
+for _command in (serve, list_, inspect, check, convert, export, edit, combine, train, dataset):
+    main.add_command(_command)
+for _command in (install, uninstall, status, run):
     main.add_command(_command)

@@ -20,7 +20,10 @@ log = logging.getLogger(__name__)
 
 _AT_ONCE = 512
 """Tokens that are read in one go; in between, a generation can be stopped."""
-_LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.ERROR}
+_ERROR = 3
+"""llama.cpp's number for the gravest of what it says."""
+_CALLBACKS: List[Any] = []
+"""What hears it; kept, since ctypes does not."""
 _SAID: Deque[str] = deque(maxlen=5)
 """The last errors that llama.cpp told."""
 _LOADING = threading.Lock()
@@ -34,17 +37,17 @@ def library() -> Any:
         raise MissingLibrary(
             f'A GGUF file needs llama-cpp-python ({error}): pip install "kobold_sp_plugin[llama-cpp]"'
         ) from error
-    if not hasattr(llama, "_kobold_sp_log"):
-
-        def say(level: int, text: bytes, _: Any) -> None:
-            line = text.decode("utf-8", "replace").strip()
-            if level == 3 and line:
-                _SAID.append(line)
-            log.log(_LEVELS.get(level, logging.DEBUG) if level != 3 else logging.INFO, "%s", line)
-
-        llama._kobold_sp_log = llama.llama_log_callback(say)  # kept: ctypes does not
-        llama.llama_log_set(llama._kobold_sp_log, ctypes.c_void_p(0))
+    if not _CALLBACKS:
+        _CALLBACKS.append(llama.llama_log_callback(_hear))
+        llama.llama_log_set(_CALLBACKS[0], ctypes.c_void_p(0))
     return llama
+
+
+def _hear(level: int, text: bytes, _: Any) -> None:
+    line = text.decode("utf-8", "replace").strip()
+    if level == _ERROR and line:
+        _SAID.append(line)
+    log.debug("%s", line)
 
 
 class Decoder:

@@ -109,7 +109,10 @@ class LlamaCppEngine:
         return self._facts
 
     def select(self, softprompts: Sequence[SoftPrompt]) -> None:
-        """Make these, in order, the soft prompts of generations that begin from now on. Raises :class:`WidthMismatch`."""
+        """Make these, in order, the soft prompts of generations that begin from now on.
+
+        Raises :class:`WidthMismatch`; the selection is then what it was.
+        """
         _check_widths(softprompts, self._file)
         self._selected = tuple(softprompts)
 
@@ -365,7 +368,10 @@ def _sampler(decoder: Decoder, settings: GenerationSettings, ids: Sequence[int])
     llama, vocabulary = decoder._llama, decoder.vocabulary
     chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
     try:
-        add = lambda sampler: llama.llama_sampler_chain_add(chain, sampler)  # noqa: E731
+
+        def add(sampler: Any) -> None:
+            llama.llama_sampler_chain_add(chain, sampler)
+
         count = ctypes.c_int32()
         never = llama.llama_vocab_get_suppress_tokens(decoder.vocab, ctypes.byref(count))
         if count.value:

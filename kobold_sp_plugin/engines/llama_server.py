@@ -97,8 +97,12 @@ class LlamaServerEngine:
         """
         without, having = (self._next_tokens(each) for each in ((), softprompts))
         ids = sorted({token for each in (*without, *having) for token in each})
-        first, second = (np.array([[each.get(token, 0.0) for token in ids] for each in part]) for part in (without, having))
-        first, second = (np.concatenate([part, 1 - part.sum(-1, keepdims=True)], -1).clip(0) for part in (first, second))
+        first, second = (
+            np.array([[each.get(token, 0.0) for token in ids] for each in part]) for part in (without, having)
+        )
+        first, second = (
+            np.concatenate([part, 1 - part.sum(-1, keepdims=True)], -1).clip(0) for part in (first, second)
+        )
         return Effect(
             float(min(1.0, _distances(second, first).mean())),
             float(_entropies(second).mean()),
@@ -248,9 +252,7 @@ class LlamaServerEngine:
         """One token as text."""
         return str(self._ask("/detokenize", {"tokens": [token_id]}).get("content") or token_id)
 
-    def _ask(
-        self, path: str, body: Optional[Dict[str, Any]] = None, seconds: float = _SECONDS
-    ) -> Dict[str, Any]:
+    def _ask(self, path: str, body: Optional[Dict[str, Any]] = None, seconds: float = _SECONDS) -> Dict[str, Any]:
         with self._open(path, body, seconds) as response:
             try:
                 answer = json.loads(response.read(_LONGEST_ANSWER))

@@ -35,14 +35,16 @@ def slot_of(softprompts: Sequence[SoftPrompt], model: ModelFile) -> Slot:
     bos = model.number("tokenizer.ggml.bos_token_id")
     beginning, _ = beginning_of(softprompts, [] if bos is None else [bos], model, bos)
     sample = model.rows(model.embedding, np.arange(min(64, int(model.embedding.shape[1]))))
-    seed = np.frombuffer(bytes.fromhex(beginning.key), dtype="<u4") ^ np.frombuffer(hashlib.sha256(sample.tobytes()).digest(), dtype="<u4")
+    seed = np.frombuffer(bytes.fromhex(beginning.key), dtype="<u4") ^ np.frombuffer(
+        hashlib.sha256(sample.tobytes()).digest(), dtype="<u4"
+    )
     types = model.integers("tokenizer.ggml.token_type")
     ordinary = np.flatnonzero(types == _NORMAL)
     ordinary = ordinary if len(ordinary) else np.arange(int(model.embedding.shape[1]))
     drawn = np.random.RandomState(seed).choice(ordinary, sum(each.n_tokens for each in softprompts)).tolist()
     n_before = len(beginning.before)
     first = [] if beginning.bos is None else [beginning.bos]
-    ids = tuple([*drawn[:n_before], *first, *drawn[n_before:]])
+    ids = (*drawn[:n_before], *first, *drawn[n_before:])
     return Slot(f"{seed.tobytes().hex()[:_NAME_DIGITS]}.slot", ids, bool(first))
 
 
@@ -71,5 +73,3 @@ def write_slot(
         if os.path.lexists(sibling):
             os.unlink(sibling)
     return slot
-
-

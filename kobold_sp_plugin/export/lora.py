@@ -71,7 +71,9 @@ def export(softprompt: SoftPrompt, model: Union[str, Path], path: Union[str, Pat
     typed = all(types[each] in _TYPED for each in tokens)
     text = b"".join(names[each] for each in tokens).decode("utf-8", "replace") if typed else ""
     ids = with_start(softprompt, tokens, found)
-    place = "put the soft tokens at the beginning of Memory" if typed else "not with this model: its tokens have no text"
+    place = (
+        "put the soft tokens at the beginning of Memory" if typed else "not with this model: its tokens have no text"
+    )
     name = Path(path).name
     usage = (
         f'llama-server: start it with --lora {name}, and send "prompt": [{ids}, "your text"]; '
@@ -79,13 +81,14 @@ def export(softprompt: SoftPrompt, model: Union[str, Path], path: Union[str, Pat
         f"koboldcpp: start it with --lora {name}; {place}.",
         f'llama-cpp-python: Llama(model, lora_path="{name}"), and generate from the ids [{ids}] and those of the text.',
     )
-    return Export(
-        str(path), tuple(tokens), text, os.path.getsize(path), order_note(softprompt) if typed else (), usage
-    )
+    return Export(str(path), tuple(tokens), text, os.path.getsize(path), order_note(softprompt) if typed else (), usage)
 
 
 def reserved(model: ModelFile, count: int) -> List[int]:
-    """Ids of ``count`` tokens that stand for nothing; those that can be typed first. Raises :class:`NoReservedTokens`."""
+    """Ids of ``count`` tokens that stand for nothing; those that can be typed first.
+
+    Raises :class:`NoReservedTokens`.
+    """
     names = model.strings("tokenizer.ggml.tokens")
     types = model.integers("tokenizer.ggml.token_type")
     if len(types) != len(names):

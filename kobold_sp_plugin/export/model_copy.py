@@ -58,9 +58,7 @@ def export(softprompt: SoftPrompt, model: Union[str, Path], path: Union[str, Pat
         f'llama-server: start it with -m {name}, and send "prompt": [{ids}, "your text"], or the soft tokens as text.',
         f"Older engines could draw soft tokens by themselves, which shows as nothing; there send {ban}.",
     )
-    return Export(
-        str(path), tuple(tokens), text, os.path.getsize(path), (*notes, *order_note(softprompt)), usage
-    )
+    return Export(str(path), tuple(tokens), text, os.path.getsize(path), (*notes, *order_note(softprompt)), usage)
 
 
 def _fields(model: ModelFile, softprompt: SoftPrompt, tokens: Sequence[int]) -> Tuple[List[str], Dict[str, Field]]:
@@ -145,7 +143,9 @@ def _head(model: ModelFile, tensor: Tensor, count: int, source: BinaryIO) -> wri
     never = _never_trained(model)
     row = bytes(size) if never is None else _bytes_at(source, tensor.offset + never * size, size)
     pieces = _copied(source, tensor.offset, size * vocabulary, row * count)
-    return writing.Content(OUTPUT, (tensor.shape[0], vocabulary + count), tensor.kind, size * (vocabulary + count), pieces)
+    return writing.Content(
+        OUTPUT, (tensor.shape[0], vocabulary + count), tensor.kind, size * (vocabulary + count), pieces
+    )
 
 
 def _never_trained(model: ModelFile) -> Optional[int]:

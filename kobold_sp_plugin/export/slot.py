@@ -10,9 +10,7 @@ from ..softprompt import SoftPrompt
 from .common import Export, check
 
 
-def export(
-    softprompt: SoftPrompt, model: Union[str, Path], path: Union[str, Path], cache_type: str = "f16"
-) -> Export:
+def export(softprompt: SoftPrompt, model: Union[str, Path], path: Union[str, Path], cache_type: str = "f16") -> Export:
     """Load the model, and write what it makes of the soft prompt to ``path``, in one step.
 
     Raises an :class:`ExportError`, :class:`WidthMismatch`, :class:`ModelError`, :class:`MissingLibrary` or

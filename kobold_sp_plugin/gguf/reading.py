@@ -18,7 +18,7 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", UINT32: "I", INT32: "i", FLOAT32: "f
 
 F32, F16, Q4_0, BF16 = 0, 1, 2, 30
 """Types of tensors, by their number in a file; the ``gguf`` library knows the rest."""
-_PLAIN = {F32: np.dtype("<f4"), F16: np.dtype("<f2"), BF16: np.dtype("<u2")}
+_PLAIN: Dict[int, Any] = {F32: np.dtype("<f4"), F16: np.dtype("<f2"), BF16: np.dtype("<u2")}
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 
@@ -75,7 +75,10 @@ class ModelFile:
 
     @property
     def embedding(self) -> Tensor:
-        """The input embedding. Raises :class:`CorruptModelFile`, or :class:`NotAModelFile` for an adapter and the like."""
+        """The input embedding.
+
+        Raises :class:`CorruptModelFile`, or :class:`NotAModelFile` for an adapter and the like.
+        """
         tensor = self.tensors.get(EMBEDDING)
         if tensor is None:
             raise NotAModelFile(f"{self.path} has no input embedding: it is no language model, or not its first part.")
@@ -239,13 +242,15 @@ class _Reader:
         if not all(0 < size < 2**40 for size in shape):
             raise CorruptModelFile(f"{self._path}: {name[:80]} has the shape {list(shape)}.")
         if offset % alignment:
-            raise CorruptModelFile(f"{self._path}: {name[:80]} begins at {offset}, between two multiples of {alignment}.")
+            raise CorruptModelFile(
+                f"{self._path}: {name[:80]} begins at {offset}, between two multiples of {alignment}."
+            )
         return Tensor(name, shape, kind, offset, 0)
 
     def _placed(self, table: List[Tensor], alignment: int) -> Dict[str, Tensor]:
         """The tensors with their places in the file: each ends where the next begins."""
         start = -(-self._at // alignment) * alignment
-        ends = sorted({each.offset for each in table}) + [self._size - start]
+        ends = [*sorted({each.offset for each in table}), self._size - start]
         if len(ends) != len(table) + 1:
             raise CorruptModelFile(f"{self._path} has two tensors in one place.")
         after = dict(zip(ends, ends[1:]))
