@@ -66,7 +66,7 @@ _GEMMA_NAMES = {
 
 
 def tiny(family, seed=0):
-    """A random model in float32, whose continuations vary."""
+    """A random model in float32, whose continuations vary; an untied one prefers tokens that are text."""
     prefix, options = FAMILIES[family]
     name = "Gemma3Text" if prefix == "Gemma3" else prefix
     config = getattr(transformers, f"{name}Config")(**{**COMMON, **options})
@@ -76,6 +76,8 @@ def tiny(family, seed=0):
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(5.0)
+        if not config.tie_word_embeddings:
+            model.lm_head.weight[[number for number, (_, kind) in enumerate(TOKENS) if kind != NORMAL]] = 0
     return model
 
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -226,7 +227,7 @@ class TestEngine:
             text_of(engine)
 
     def test_a_file_that_llama_cpp_refuses(self, llama, tmp_path):
-        data = bytearray(open(llama.path, "rb").read())
+        data = bytearray(Path(llama.path).read_bytes())
         at = data.index(b"blk.0.attn_q.weight")
         data[at : at + 3] = b"xyz"
         (tmp_path / "broken.gguf").write_bytes(data)

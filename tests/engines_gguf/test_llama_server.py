@@ -32,7 +32,7 @@ pytestmark = [
     pytest.mark.skipif(not PROGRAM, reason="KOBOLD_SP_LLAMA_SERVER names no llama-server"),
 ]
 
-EXACT = ("-ctk", "f32", "-ctv", "f32", "-fa", "off", "--swa-full")
+EXACT = ("-ctk", "f32", "-ctv", "f32", "-fa", "off", "--swa-full", "--cache-ram", "0")
 
 
 def softprompt(seed=1, n_tokens=37, **options):
