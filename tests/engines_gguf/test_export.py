@@ -88,7 +88,7 @@ class TestLora:
         assert os.listdir(tmp_path) == ["gemma2.gguf"]
 
     def test_too_few_reserved_tokens(self, tmp_path):
-        with pytest.raises(NoReservedTokens, match="40 tokens .* needs 41"):
+        with pytest.raises(NoReservedTokens, match=r"40 tokens .* needs 41"):
             lora.export(softprompt(41), model(tmp_path), tmp_path / "lora.gguf")
 
 

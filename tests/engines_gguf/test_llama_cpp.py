@@ -9,15 +9,15 @@ import pytest
 import torch
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-import gguf_files  # noqa: E402
+import gguf_files
 
-from kobold_sp_plugin import SoftPrompt, attach  # noqa: E402
-from kobold_sp_plugin.engines import GenerationSettings  # noqa: E402
-from kobold_sp_plugin.engines.llama_bindings import Decoder, library  # noqa: E402
-from kobold_sp_plugin.engines.llama_cpp import LlamaCppEngine  # noqa: E402
-from kobold_sp_plugin.errors import ContextExceeded, ModelError, NoModel, WidthMismatch  # noqa: E402
-from kobold_sp_plugin.export import lora, model_copy, slot  # noqa: E402
-from kobold_sp_plugin.session import Session  # noqa: E402
+from kobold_sp_plugin import SoftPrompt, attach
+from kobold_sp_plugin.engines import GenerationSettings
+from kobold_sp_plugin.engines.llama_bindings import Decoder, library
+from kobold_sp_plugin.engines.llama_cpp import LlamaCppEngine
+from kobold_sp_plugin.errors import ContextExceeded, ModelError, NoModel, WidthMismatch
+from kobold_sp_plugin.export import lora, model_copy, slot
+from kobold_sp_plugin.session import Session
 
 pytestmark = pytest.mark.llama_cpp
 
@@ -181,7 +181,9 @@ class TestEngine:
         assert "".join(pieces) == llama.text([softprompt()])
 
     def test_seeds_and_samplers(self, llama):
-        drawn = [text_of(llama.engine, temperature=1.0, top_p=0.95, top_k=50, typical=0.9, seed=seed) for seed in (1, 1, 2)]
+        drawn = [
+            text_of(llama.engine, temperature=1.0, top_p=0.95, top_k=50, typical=0.9, seed=seed) for seed in (1, 1, 2)
+        ]
         assert drawn[0] == drawn[1] != drawn[2]
         assert text_of(llama.engine, top_k=1, temperature=1.0) == text_of(llama.engine)
         assert text_of(llama.engine, rep_pen=5.0) != text_of(llama.engine)

@@ -10,21 +10,21 @@ import numpy as np
 import pytest
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-import gguf_files  # noqa: E402
+import gguf_files
 
-from kobold_sp_plugin import SoftPrompt  # noqa: E402
-from kobold_sp_plugin.engines import GenerationSettings  # noqa: E402
-from kobold_sp_plugin.engines.llama_cpp import LlamaCppEngine  # noqa: E402
-from kobold_sp_plugin.engines.llama_server import LlamaServerEngine  # noqa: E402
-from kobold_sp_plugin.errors import (  # noqa: E402
+from kobold_sp_plugin import SoftPrompt
+from kobold_sp_plugin.engines import GenerationSettings
+from kobold_sp_plugin.engines.llama_cpp import LlamaCppEngine
+from kobold_sp_plugin.engines.llama_server import LlamaServerEngine
+from kobold_sp_plugin.errors import (
     EngineRefused,
     EngineUnreachable,
     SoftPromptNotRead,
     UnknownSoftPrompt,
     WrongModel,
 )
-from kobold_sp_plugin.server.generation_queue import GenerationQueue  # noqa: E402
-from kobold_sp_plugin.session import Session  # noqa: E402
+from kobold_sp_plugin.server.generation_queue import GenerationQueue
+from kobold_sp_plugin.session import Session
 
 PROGRAM = os.environ.get("KOBOLD_SP_LLAMA_SERVER")
 pytestmark = [

@@ -108,7 +108,7 @@ BAD = {
     "half a header": (content()[:60], TruncatedModelFile),
     "half a tensor": (content()[:-1200], TruncatedModelFile),
     "no tensor": (content()[: -len(ROWS.tobytes())], TruncatedModelFile),
-    "a text of 2**63 bytes": (replaced(struct.pack("<Q", 5) + b"llama", struct.pack("<Q", 2**63) + b"llama"), TruncatedModelFile),
+    "a text of 2**64 bytes": (replaced(b"\x05" + bytes(7) + b"llama", b"\xff" * 8 + b"llama"), TruncatedModelFile),
     "2**62 texts": (replaced(struct.pack("<IQ", 8, 70), struct.pack("<IQ", 8, 2**62)), TruncatedModelFile),
     "2**62 numbers": (replaced(struct.pack("<IQ", 8, 70), struct.pack("<IQ", 4, 2**62)), TruncatedModelFile),
     "arrays of arrays": (replaced(struct.pack("<IQ", 8, 70), struct.pack("<IQ", 9, 70)), CorruptModelFile),
