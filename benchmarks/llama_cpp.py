@@ -3,9 +3,9 @@
     python benchmarks/llama_cpp.py [MODEL.gguf]
 
 Needs llama-cpp-python. Without a file: random weights in float32, 8 layers of width 512. One process;
-``OMP_NUM_THREADS`` says how many threads. Every round lets each contender generate one token after a text that was not read before, in
-rotating order. Printed are medians, and the median over the rounds of the ratio to the same text without a soft
-prompt: CPU time of the process, and wall time.
+``OMP_NUM_THREADS`` says how many threads. Every round lets each contender generate one token after a text that was
+not read before, in rotating order. Printed are medians, and the median over the rounds of the ratio to the same
+text without a soft prompt: CPU time of the process, and wall time.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def made(folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         engine = LlamaCppEngine(options.model or made(folder), context=512)
@@ -67,7 +67,7 @@ def main():
         names = list(contenders)
         times = {name: [] for name in names}
         number = 0
-        for turn in range(-2, options.rounds):
+        for turn in range(-1, options.rounds):
             for at in range(len(names)):
                 name = names[(turn + at) % len(names)]
                 number += 1
