@@ -35,7 +35,20 @@
     ├── ModelError                  a model that soft tokens cannot be given to
     │   ├── NoEmbedding             no input embedding that takes token ids
     │   ├── UnsupportedModel        a kind of model that soft tokens are not made for
-    │   └── UnsupportedCall         a way of calling the model that soft tokens cannot follow
+    │   ├── UnsupportedCall         a way of calling the model that soft tokens cannot follow
+    │   ├── NotAModelFile           a file that is no GGUF file, or holds no language model
+    │   ├── UnsupportedModelFile    a GGUF file of a version or a type that is not read
+    │   ├── TruncatedModelFile      a GGUF file that ends too early
+    │   └── CorruptModelFile        a GGUF file that contradicts itself
+    ├── ExportError                 a soft prompt that cannot be written as what an engine reads
+    │   ├── TiedEmbedding           an adapter for a model whose output head is its input embedding
+    │   └── NoReservedTokens        an adapter for a model without enough tokens that stand for nothing
+    ├── EngineError                 an engine outside this process that did not do what it was asked
+    │   ├── EngineUnreachable       no answer from it
+    │   ├── EngineRefused           an answer that says no, or makes no sense
+    │   ├── WrongModel              it has another model loaded than the soft prompt was exported for
+    │   └── SoftPromptNotRead       it would have answered without the soft prompt
+    ├── MissingLibrary              a library that is an extra, and is not installed
     ├── EditError                   metadata that cannot be changed where they are, or soft prompts that do not combine
     │   └── NameTaken               another file has that name
     ├── SelectionError              a choice from the menu that cannot be carried out
@@ -213,6 +226,58 @@ class UnsupportedModel(ModelError):
 
 class UnsupportedCall(ModelError):
     """A way of calling the model that soft tokens cannot follow, such as ``inputs_embeds``."""
+
+
+class NotAModelFile(ModelError):
+    """A file that is no GGUF file, or one that holds no language model."""
+
+
+class UnsupportedModelFile(ModelError):
+    """A GGUF file of a version, or with tensors of a type, that is not read."""
+
+
+class TruncatedModelFile(ModelError):
+    """A GGUF file that ends before what its header promises: a download that was cut off, mostly."""
+
+
+class CorruptModelFile(ModelError):
+    """A GGUF file that contradicts itself, or claims what no model has."""
+
+
+class ExportError(SoftPromptError):
+    """A soft prompt that cannot be written as what an engine reads."""
+
+
+class TiedEmbedding(ExportError):
+    """An adapter for a model whose output head is its input embedding: the engine would end itself."""
+
+
+class NoReservedTokens(ExportError):
+    """An adapter for a model whose vocabulary has not enough tokens that stand for nothing."""
+
+
+class EngineError(SoftPromptError):
+    """An engine outside this process that did not do what it was asked; the session goes on."""
+
+
+class EngineUnreachable(EngineError):
+    """An engine that does not answer: it is down, or was ended within an answer."""
+
+
+class EngineRefused(EngineError):
+    """An engine that answers that it will not, or in a way that makes no sense."""
+
+
+class WrongModel(EngineError):
+    """An engine with another model than the one that is meant."""
+
+
+class SoftPromptNotRead(EngineError):
+    """An engine that would have answered without the soft prompt; nothing of that answer is shown."""
+
+
+class MissingLibrary(SoftPromptError):
+    """A library that comes with one of our extras, and is not installed."""
 
 
 class EditError(SoftPromptError):

@@ -14,7 +14,8 @@ from .compatibility import Judgement, facts, judge
 from .compatibility.matrix import Evidence, Matrix, evidence, lengths_of, nearest, rows_as_in_matrix
 from .compatibility.model_facts import matrix_in_folder
 from .engines import Engine
-from .errors import NoEmbedding
+from .errors import MissingLibrary, ModelError
+from .gguf.reading import is_gguf
 from .softprompt import OWN_KEY, SoftPrompt, own_metadata
 
 _MOST_LABELLED = 64
@@ -117,19 +118,19 @@ def inspect(
 
 
 def check(path: Union[str, Path], model: Union[str, Path], name: Optional[str] = None) -> Tuple[Judgement, str]:
-    """Judge the file at ``path`` for a model that is not loaded: its folder, or its ``config.json`` alone.
+    """Judge the file at ``path`` for a model that is not loaded: its folder, GGUF file or ``config.json`` alone.
 
-    The second part of the answer is a hint from the rows, where no fingerprint tells and the folder has the
-    weights, else "". Raises a :class:`~kobold_sp_plugin.errors.SoftPromptError` or :class:`OSError`.
+    The second part of the answer is a hint from the rows, where no fingerprint tells and the weights are there,
+    else "". Raises a :class:`~kobold_sp_plugin.errors.SoftPromptError` or :class:`OSError`.
     """
     softprompt, known = formats.load(path), facts(model, name)
     judgement = judge(softprompt, known)
-    if not _unproven(judgement) or not Path(model).is_dir():
+    if not _unproven(judgement) or not (Path(model).is_dir() or is_gguf(model)):
         return judgement, ""
     try:
         matrix = matrix_in_folder(model)
         hint = evidence(softprompt, matrix) if matrix.width == softprompt.width else None
-    except (NoEmbedding, OSError, ValueError) as error:
+    except (MissingLibrary, ModelError, OSError, ValueError) as error:
         return judgement, f"the model's embedding cannot be looked at: {error}"
     return judgement, hint.sentence if hint is not None else ""
 

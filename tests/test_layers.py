@@ -13,6 +13,7 @@ PACKAGE = Path(kobold_sp_plugin.__file__).parent
 LAYERS = {
     "errors": 0,
     "patching": 0,
+    "gguf": 1,
     "softprompt": 1,
     "compatibility": 2,
     "formats": 2,
@@ -21,6 +22,7 @@ LAYERS = {
     "editing": 3,
     "engines": 4,
     "watch": 4,
+    "export": 5,
     "inspection": 5,
     "session": 5,
     "menu": 6,

@@ -14,6 +14,7 @@ from .common import WrongUse, samples_folder
 from .convert import convert
 from .dataset import dataset
 from .edit import combine, edit
+from .export import export
 from .inspect import check, inspect
 from .install import install, run, status, uninstall
 from .serve import serve
@@ -36,5 +37,7 @@ def main() -> None:
         reconfigure(errors="replace")  # a name may hold what the terminal's encoding has not
 
 
-for _command in (serve, list_, inspect, check, convert, edit, combine, train, dataset, install, uninstall, status, run):
+for _command in (serve, list_, inspect, check, convert, export, edit, combine, train, dataset):
+    main.add_command(_command)
+for _command in (install, uninstall, status, run):
     main.add_command(_command)

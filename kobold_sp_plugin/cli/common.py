@@ -25,24 +25,36 @@ def existing(folder: Path) -> Path:
     return folder
 
 
-def load_engine(path: Optional[str], quiet: bool = False) -> Tuple[Any, Any]:
+def load_engine(
+    path: Optional[str],
+    quiet: bool = False,
+    context: Optional[int] = None,
+    gpu_layers: int = -1,
+) -> Tuple[Any, Any]:
     """An engine with the model at ``path`` or the demonstration model, and the model, which the caller keeps.
 
-    ``quiet``: without the progress bars that transformers writes to the terminal.
+    ``quiet``: without the progress bars that transformers writes to the terminal. ``context`` and ``gpu_layers``: of
+    a GGUF file.
     """
-    from transformers.utils.logging import disable_progress_bar
+    from ..errors import MissingLibrary, ModelError
+    from ..gguf.reading import is_gguf
 
-    from ..demonstration import MODEL
-    from ..engines.transformers import TransformersEngine, load_transformers
-    from ..errors import ModelError
-
-    if quiet or path is None:
-        disable_progress_bar()
     try:
+        if path is not None and is_gguf(path):
+            from ..engines.llama_cpp import LlamaCppEngine
+
+            return LlamaCppEngine(path, context=context, gpu_layers=gpu_layers), None
+        from transformers.utils.logging import disable_progress_bar
+
+        from ..demonstration import MODEL
+        from ..engines.transformers import TransformersEngine, load_transformers
+
+        if quiet or path is None:
+            disable_progress_bar()
         model, tokenizer, name = load_transformers(path or MODEL)
         return TransformersEngine(model, tokenizer, name if path else "demonstration"), model
-    except ModelError as error:
-        raise WrongUse(str(error)) from error
+    except (MissingLibrary, ModelError, OSError) as error:
+        raise WrongUse(line(str(error))) from error
 
 
 def line(text: str) -> str:

@@ -30,7 +30,8 @@ def inspect(file: Path, model: Optional[str], as_json: bool, picture: Optional[P
       kobold-sp inspect softprompts/noir.zip --picture noir.png
     """
     from ..compatibility.matrix import matrix_of
-    from ..errors import FormatError, NoEmbedding
+    from ..compatibility.model_facts import matrix_in_folder
+    from ..errors import FormatError, MissingLibrary, ModelError
     from ..formats import read_header
     from ..inspection import draw
     from ..inspection import inspect as inspected
@@ -44,8 +45,8 @@ def inspect(file: Path, model: Optional[str], as_json: bool, picture: Optional[P
         _unreadable(file, error, as_json)
     engine, loaded = load_engine(model, quiet=True)
     try:
-        matrix = matrix_of(loaded)
-    except NoEmbedding:
+        matrix = matrix_of(loaded) if loaded is not None else matrix_in_folder(str(model))
+    except (MissingLibrary, ModelError):
         matrix = None
     try:
         found = inspected(file, engine, matrix, engine.token_text)
@@ -68,7 +69,7 @@ def inspect(file: Path, model: Optional[str], as_json: bool, picture: Optional[P
     "--model",
     metavar="PATH",
     type=_FILE,
-    help="A model's folder, or a config.json alone; nothing is loaded. [default: the demonstration model]",
+    help="A model's folder, a GGUF file, or a config.json alone; nothing is loaded. [default: the demonstration model]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def check(file: Path, model: Optional[Path], as_json: bool) -> None:
@@ -82,7 +83,7 @@ def check(file: Path, model: Optional[Path], as_json: bool) -> None:
       kobold-sp check noir.zip --model ./my-model
     """
     from ..demonstration import MODEL
-    from ..errors import FormatError, ModelError
+    from ..errors import FormatError, MissingLibrary, ModelError
     from ..inspection import check as checked
 
     _existing_file(file)
@@ -90,7 +91,11 @@ def check(file: Path, model: Optional[Path], as_json: bool) -> None:
         (verdict, reason), hint = checked(file, model or MODEL, None if model else "demonstration")
     except (FileNotFoundError, ModelError) as error:
         about = f" ({error})" if isinstance(error, ModelError) else ""
-        raise WrongUse(f"There is no model's folder or config.json at {line(str(model))}{line(about)}.") from error
+        raise WrongUse(
+            f"There is no model's folder, GGUF file or config.json at {line(str(model))}{line(about)}."
+        ) from error
+    except MissingLibrary as error:
+        raise WrongUse(str(error)) from error
     except (FormatError, OSError) as error:
         _unreadable(file, error, as_json)
     if as_json:

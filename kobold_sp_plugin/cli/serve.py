@@ -10,7 +10,8 @@ from urllib.parse import quote, urlsplit
 
 import click
 
-from .common import WrongUse, existing, line, load_engine, samples_folder
+from .common import WrongUse, existing, line, samples_folder
+from .engines import check, chosen_engine, engine_options
 
 _DEFAULT_PORT = 5000
 _LITE = "https://lite.koboldai.net"
@@ -18,7 +19,7 @@ _LITE = "https://lite.koboldai.net"
 
 
 @click.command()
-@click.option("--model", metavar="PATH", help="A folder, or a name on the hub. [default: the demonstration model]")
+@engine_options
 @click.option(
     "--softprompts",
     metavar="FOLDER",
@@ -48,24 +49,28 @@ _LITE = "https://lite.koboldai.net"
     help="Answer only who has this key. [env: KOBOLD_SP_API_KEY]",
 )
 def serve(
-    model: Optional[str],
     softprompts: Optional[Path],
     host: str,
     port: int,
     origins: Tuple[str, ...],
     api_key: Optional[str],
+    **engine: Any,
 ) -> None:
     """Serve a page with the Soft Prompts menu, and the APIs of KoboldAI, KoboldCpp and OpenAI.
 
     \b
     Example:
       kobold-sp serve --model ./my-model --softprompts ./softprompts --port 5001
+      kobold-sp serve --model model.gguf --context 4096
+      kobold-sp serve --engine llama-server --url http://127.0.0.1:8080 --model model.gguf --slots ./slots
+      kobold-sp serve --engine vllm --url http://127.0.0.1:8000 --model ./its-model
     """
     for origin in origins:
         if origin != "*" and not (urlsplit(origin).scheme in ("http", "https") and urlsplit(origin).netloc):
             raise WrongUse(f"--cors takes an origin such as {_LITE}, or *; not {line(origin)}.")
     if api_key is not None and not (api_key and api_key.isascii() and api_key.isprintable() and " " not in api_key):
         raise WrongUse("--api-key takes letters, digits and signs of ASCII, without spaces.")
+    check(**engine)
     folder = existing(softprompts or samples_folder())
     try:
         import_module("simple_websocket")  # Flask-SocketIO's transport; without it browsers could only poll
@@ -87,11 +92,11 @@ def serve(
         raise WrongUse(f"Cannot listen on {line(host)}:{port}: {reason}. {advice}") from error
     before = signal.signal(signal.SIGTERM, _end)
     try:
-        engine, _keep = load_engine(model)
-        session.use(engine)
+        used, _keep = chosen_engine(**engine)
+        session.use(used)
         session.watch()
         usable = sum(entry.verdict.usable for entry in session.entries())
-        click.echo(f"{engine.name}: {usable} soft prompts to choose from in {line(str(folder))}")
+        click.echo(f"{used.name}: {usable} soft prompts to choose from in {line(str(folder))}")
         page = server.url if api_key is None else f"{server.url}?key={quote(api_key, safe='')}"
         click.echo(f"Open {page} in a browser; Ctrl+C ends the server.")
         click.echo(f"SillyTavern: KoboldAI Classic, or Text Completion with KoboldCpp, at {server.url}")

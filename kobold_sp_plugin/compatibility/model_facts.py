@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Sequence, Union
 
 from ..errors import ModelError, NoEmbedding
+from ..gguf.reading import is_gguf, read
 from .claims import base_of, size_of
 from .fingerprints import describe, sampled_ids
+from .gguf_model import fields_of_facts, matrix_in_gguf
 from .matrix import Matrix, embedding_of, matrix_in, matrix_of, positive
 
 _LOG = logging.getLogger(__name__)
@@ -56,11 +58,11 @@ class ModelFacts:
 
 
 def facts(model: Any, name: Optional[str] = None) -> ModelFacts:
-    """The facts of ``model``: a torch model, a configuration, a folder, a ``config.json``, or facts.
+    """The facts of ``model``: a torch model, a configuration, a folder, a GGUF file, a ``config.json``, or facts.
 
     Of a folder ``config.json`` is read, and some rows of the embedding where its weights are safetensors files;
     of a ``config.json`` that alone, so that there is no fingerprint. Facts are returned as they are. Raises
-    :class:`ModelError` for a ``config.json`` that is none, or :class:`FileNotFoundError`.
+    :class:`ModelError` for a GGUF file or ``config.json`` that is none, or :class:`FileNotFoundError`.
     """
     if isinstance(model, ModelFacts):
         return model
@@ -83,10 +85,12 @@ def fingerprint(model: Union[Matrix, Any]) -> Dict[str, Any]:
 
 
 def matrix_in_folder(folder: Union[str, Path]) -> Matrix:
-    """The embedding matrix of the model in ``folder``, which is not loaded.
+    """The embedding matrix of the model in ``folder``, or in a GGUF file; it is not loaded.
 
-    Raises :class:`NoEmbedding`, :class:`ModelError` or :class:`OSError`.
+    Raises :class:`NoEmbedding`, :class:`ModelError`, :class:`MissingLibrary` or :class:`OSError`.
     """
+    if is_gguf(folder):
+        return matrix_in_gguf(read(folder))
     config = _read_config(Path(folder) / "config.json")
     return matrix_in(Path(folder), width_of(config), _first_field(config, ("vocab_size",)))
 
@@ -106,6 +110,9 @@ def context_of(model_or_config: Any) -> Optional[int]:
 
 
 def _of_folder(path: Path, name: Optional[str]) -> ModelFacts:
+    if is_gguf(path):
+        fields = fields_of_facts(read(path))
+        return ModelFacts(**{**fields, "name": name or fields["name"]})
     alone = path.exists() and not path.is_dir()
     config = _read_config(path if alone else path / "config.json")
     mark = None
