@@ -36,6 +36,10 @@
     │   ├── NoEmbedding             no input embedding that takes token ids
     │   ├── UnsupportedModel        a kind of model that soft tokens are not made for
     │   └── UnsupportedCall         a way of calling the model that soft tokens cannot follow
+    ├── EngineError                 an engine outside this process that did not do what it was asked
+    │   ├── EngineUnreachable       no answer from it
+    │   ├── EngineRefused           an answer that says no, or makes no sense
+    │   └── WrongModel              it has another model loaded than the soft prompt was exported for
     ├── EditError                   metadata that cannot be changed where they are, or soft prompts that do not combine
     │   └── NameTaken               another file has that name
     ├── SelectionError              a choice from the menu that cannot be carried out
@@ -213,6 +217,22 @@ class UnsupportedModel(ModelError):
 
 class UnsupportedCall(ModelError):
     """A way of calling the model that soft tokens cannot follow, such as ``inputs_embeds``."""
+
+
+class EngineError(SoftPromptError):
+    """An engine outside this process that did not do what it was asked; the session goes on."""
+
+
+class EngineUnreachable(EngineError):
+    """An engine that does not answer: it is down, or was ended within an answer."""
+
+
+class EngineRefused(EngineError):
+    """An engine that answers that it will not, or in a way that makes no sense."""
+
+
+class WrongModel(EngineError):
+    """An engine with another model than the one that is meant."""
 
 
 class EditError(SoftPromptError):
