@@ -12,41 +12,33 @@ import base64
 import math
 import threading
 from collections import OrderedDict
-from dataclasses import replace
 from io import BytesIO
-from pathlib import Path
-from typing import Any, Dict, Generator, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Generator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
-from ..compatibility import ModelFacts, facts
 from ..compatibility.matrix import Matrix
 from ..compatibility.model_facts import matrix_in_folder
 from ..errors import (
-    ContextExceeded,
     EngineRefused,
     ModelError,
     NoEmbedding,
-    SoftPromptError,
-    UnknownScale,
-    WidthMismatch,
     WrongModel,
 )
 from ..formats import torch_file
 from ..formats.archive import write_members
-from ..softprompt import Order, Scale, SoftPrompt
-from . import GREEDY_BELOW, PROBES, Effect, Ending, GenerationSettings
+from ..softprompt import Order, SoftPrompt
+from . import GREEDY_BELOW, Ending, GenerationSettings
 from .remote import Remote
+from .vllm_model import TOP, VllmModel
 
 _JOINED = "{% for message in messages %}{{ message.content }}{% endfor %}"
 """A chat template that adds nothing: no roles, no line ends."""
 _MOST_ENCODED = 8
 """Soft prompts that are kept in the form in which they are sent."""
-_TOP = 20
-"""Likeliest tokens that a server tells of where nothing else was configured."""
 
 
-class VllmEngine:
+class VllmServer(VllmModel):
     """Generates on a vLLM server. What it needs of the model is read from ``model``: its configuration and tokenizer,
     and, where they are there, some rows of its embedding matrix for the fingerprint; never the rest of its weights.
 
@@ -60,15 +52,10 @@ class VllmEngine:
         served = _served(self._remote)
         self._id = served["id"]
         path = model or str(served.get("root") or self._id)
-        config, self._tokenizer = _configuration_and_tokenizer(path, named=model is not None)
-        self.name = Path(path).resolve().name if Path(path).is_dir() else path
-        known = facts(path, self.name) if Path(path).is_dir() else facts(config, self.name)
-        limits = [each for each in (served.get("max_model_len"), known.context) if isinstance(each, int)]
-        self._facts = replace(known, context=min(limits) if limits else None)
-        self._path = path
+        config, tokenizer = _configuration_and_tokenizer(path, named=model is not None)
+        super().__init__(path, config, tokenizer, served.get("max_model_len"))
         self._encoded: OrderedDict[SoftPrompt, str] = OrderedDict()
         self._encoding = threading.Lock()
-        self._selected: Tuple[SoftPrompt, ...] = ()
         self._matrix = self._probe()
 
     def _probe(self) -> Optional[Matrix]:
@@ -76,10 +63,7 @@ class VllmEngine:
 
         Raises :class:`WrongModel` or :class:`EngineRefused`.
         """
-        width = self._facts.width
-        if width is None:
-            raise ModelError(f"{self._path} does not tell how wide its embedding is.")
-        row = _encode(np.full((1, width), 0.01, np.float32))
+        row = _encode(np.full((1, self._width), 0.01, np.float32))
         try:
             self._remote.ask("/v1/chat/completions", {**self._chat([_part(row), "."]), "max_tokens": 1}, 120)
             return None
@@ -87,7 +71,7 @@ class VllmEngine:
             said = str(error)
             if "hidden_size" in said:
                 raise WrongModel(
-                    f"The server has another model than {self._path}, which has {width} columns: {said}"
+                    f"The server has another model than {self._path}, which has {self._width} columns: {said}"
                 ) from error
             if "enable-prompt-embeds" in said or "enable_prompt_embeds" in said:
                 raise EngineRefused(f"{self._remote.url} takes no soft prompts: {_START}") from error
@@ -101,54 +85,15 @@ class VllmEngine:
                 f"with instead. {_START}"
             ) from error
         if matrix.scale is None:
-            raise EngineRefused(f"It is not known by what {self._path} multiplies its embeddings. {_START}")
+            matrix = matrix._replace(scale=self._scale())
         self._remote.ask("/v1/completions", {"model": self._id, "prompt_embeds": row, "max_tokens": 1}, 120)
         return matrix
-
-    @property
-    def alive(self) -> bool:
-        """True: a server that is down may come back; until then each request says so."""
-        return True
-
-    @property
-    def context(self) -> Optional[int]:
-        """Tokens that the model can attend to, or as many as the server was started for."""
-        return self._facts.context
-
-    def facts(self) -> ModelFacts:
-        """What is known of the model from here, with the server's context."""
-        return self._facts
-
-    def select(self, softprompts: Sequence[SoftPrompt]) -> None:
-        """Make these, in order, the soft prompts of generations that begin from now on.
-
-        Raises :class:`WidthMismatch` or :class:`UnknownScale`; the selection is then what it was.
-        """
-        for each in softprompts:
-            self._data_of(each)
-        self._selected = tuple(softprompts)
-
-    def effect(self, softprompts: Sequence[SoftPrompt]) -> Effect:
-        """Mean total variation of the next-token distribution with and without, over ``PROBES``: 0 to 1.
-
-        A server tells of the likeliest tokens only: what the others have is counted as one token, so that the true
-        figure is at least this.
-        """
-        without = [self._next_tokens(probe, ()) for probe in PROBES]
-        having = [self._next_tokens(probe, softprompts) for probe in PROBES]
-        return Effect(
-            min(1.0, _mean(_distance(one, other) for one, other in zip(having, without))),
-            _mean(map(_entropy, having)),
-            _mean(map(_entropy, without)),
-            _mean(_distance(one, other) for one in having for other in having),
-            _mean(_distance(one, other) for one in without for other in without),
-        )
 
     def _next_tokens(self, probe: str, softprompts: Sequence[SoftPrompt]) -> Dict[str, float]:
         """Probabilities of the likeliest next tokens."""
         prompt = self._prompt(GenerationSettings(probe, max_length=1), softprompts)
         body = {**prompt.body, "max_tokens": 1, "temperature": 0, "return_tokens_as_token_ids": True}
-        body.update({"logprobs": True, "top_logprobs": _TOP} if prompt.is_chat else {"logprobs": _TOP})
+        body.update({"logprobs": True, "top_logprobs": TOP} if prompt.is_chat else {"logprobs": TOP})
         answer = self._remote.ask(prompt.route, body, 120)["choices"][0]["logprobs"]
         if prompt.is_chat:
             top = {each["token"]: each["logprob"] for each in answer["content"][0]["top_logprobs"]}
@@ -174,7 +119,7 @@ class VllmEngine:
     def _pieces(
         self, prompt: "_Prompt", settings: GenerationSettings, stop: threading.Event
     ) -> Generator[str, None, Ending]:
-        body = {**prompt.body, **_sampling(settings), "stream": True, "stream_options": {"include_usage": True}}
+        body = {**prompt.body, **sampling(settings), "stream": True, "stream_options": {"include_usage": True}}
         reason, n_new = "stop", 0
         lost_space = prompt.loses_space
         events = self._remote.stream(prompt.route, body, stop)
@@ -228,36 +173,6 @@ class VllmEngine:
             "add_generation_prompt": False,
         }
 
-    def _fit(self, settings: GenerationSettings, n_soft: int) -> Tuple[str, str, List[int]]:
-        """What a text begins with, the text, as much of the story's end as there is room for, and the ids of both."""
-        beginning = list(self._tokenizer("")["input_ids"])
-        bos = self._tokenizer.bos_token_id
-        beginning = beginning[:1] if bos is not None and beginning[:1] == [bos] else []
-        start = self._tokenizer.bos_token if beginning else ""
-
-        def ids_of(text: str) -> List[int]:
-            return beginning + list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-
-        story = settings.prompt
-        ids = ids_of(settings.memory + story)
-        limits = [limit for limit in (self.context, settings.max_context_length) if limit is not None]
-        if limits:
-            room = min(limits) - n_soft - settings.max_length
-            if len(ids_of(settings.memory)) >= room:
-                soft = f"{n_soft} of soft prompts and " if n_soft else ""
-                raise ContextExceeded(
-                    f"A context of {min(limits)} tokens has no room for the story beside {soft}{settings.max_length} "
-                    "of new text."
-                )
-            while len(ids) > room:  # the end of a text, alone, may have a token more than it had in the whole
-                places = self._tokenizer(story, add_special_tokens=False, return_offsets_mapping=True)
-                begins = [start for start, _ in places["offset_mapping"]]
-                story = story[begins[min(len(ids) - room, len(begins) - 1)] or 1 :]
-                ids = ids_of(settings.memory + story)
-        if not ids:
-            raise ModelError(f"{self.name} has no token that a text can begin with; the prompt must not be empty.")
-        return start, settings.memory + story, ids
-
     # Soft prompts, as they are sent
 
     def _part_of(self, softprompt: SoftPrompt) -> List[Dict[str, str]]:
@@ -272,29 +187,6 @@ class VllmEngine:
             while len(self._encoded) > _MOST_ENCODED:
                 self._encoded.popitem(last=False)
             return data
-
-    def _rows_of(self, softprompt: SoftPrompt) -> np.ndarray:
-        """Its rows as they leave the embedding module, which is what the server takes."""
-        width = self._facts.width
-        if softprompt.width != width:  # checked here: one of another width can end the server
-            raise WidthMismatch(
-                f"{softprompt.name or 'the soft prompt'} was made for {softprompt.width} columns, "
-                f"{self.name} has {width}"
-            )
-        if softprompt.scale is Scale.MODULE:
-            return softprompt.rows
-        return softprompt.rows * np.float32(self._scale())
-
-    def _scale(self) -> float:
-        from .embed_scale import embed_scale
-
-        try:
-            return embed_scale(self._path, self._facts.width or 0)
-        except SoftPromptError as error:
-            raise UnknownScale(
-                f"rows as they stand in the matrix, and {self.name}'s scale is not known ({error})",
-                "rows as they leave the embedding module",
-            ) from error
 
 
 class _Prompt(NamedTuple):
@@ -340,7 +232,7 @@ def _configuration_and_tokenizer(path: str, named: bool) -> Tuple[Any, Any]:
         ) from error
 
 
-def _sampling(settings: GenerationSettings) -> Dict[str, Any]:
+def sampling(settings: GenerationSettings) -> Dict[str, Any]:
     """The settings in vLLM's words."""
     greedy = min(settings.temperature, settings.top_p) < GREEDY_BELOW
     body: Dict[str, Any] = {
@@ -374,20 +266,3 @@ def _encode(rows: np.ndarray) -> str:
 
 def _part(data: str) -> List[Dict[str, str]]:
     return [{"type": "prompt_embeds", "data": data}]
-
-
-def _distance(one: Dict[str, float], other: Dict[str, float]) -> float:
-    """Total variation, with all tokens that are not named in either as one."""
-    named = {*one, *other}
-    rest = abs(sum(one.values()) - sum(other.values()))
-    return (sum(abs(one.get(each, 0.0) - other.get(each, 0.0)) for each in named) + rest) / 2
-
-
-def _entropy(distribution: Dict[str, float]) -> float:
-    rest = max(0.0, 1.0 - sum(distribution.values()))
-    return -sum(each * math.log(each) for each in (*distribution.values(), rest) if each > 0)
-
-
-def _mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values)
