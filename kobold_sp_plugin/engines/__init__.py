@@ -10,6 +10,21 @@ from typing import Any, Dict, Generator, List, NamedTuple, Optional, Protocol, S
 from ..compatibility import ModelFacts
 from ..softprompt import SoftPrompt
 
+GREEDY_BELOW = 1e-4
+"""A temperature or ``top_p`` below this means the likeliest token; samplers overflow there, or keep none."""
+
+PROBES = (
+    "The door opened and",
+    "It was",
+    "She looked at him and said,",
+    "Nobody in the room had expected that",
+    "In the morning they",
+    "He put it on the table.",
+    "What happened next was",
+    "Once",
+)
+"""Beginnings that leave open what follows; the effect is measured on them."""
+
 
 @dataclass(frozen=True)
 class GenerationSettings:

@@ -23,25 +23,10 @@ from ..errors import ContextExceeded, ModelError, NoModel, UnsupportedModel
 from ..soft_tokens import SoftTokens, attach, attached, with_softprompts
 from ..soft_tokens.text import without_oldest_text, without_soft_tokens
 from ..softprompt import SoftPrompt, TaggedText
-from . import Effect, Ending, GenerationSettings
+from . import GREEDY_BELOW, PROBES, Effect, Ending, GenerationSettings
 from .samplers import samplers
 
 log = logging.getLogger(__name__)
-
-GREEDY_BELOW = 1e-4
-"""A temperature or ``top_p`` below this means the likeliest token; samplers overflow there, or keep none."""
-
-PROBES = (
-    "The door opened and",
-    "It was",
-    "She looked at him and said,",
-    "Nobody in the room had expected that",
-    "In the morning they",
-    "He put it on the table.",
-    "What happened next was",
-    "Once",
-)
-"""Beginnings that leave open what follows; the effect is measured on them."""
 
 _RANDOM = threading.Lock()
 """torch draws from one stream per process: one generation at a time sets it and draws from it."""

@@ -1,0 +1,238 @@
+"""vLLM, as it is, against transformers with the same weights. Runs where KOBOLD_SP_VLLM_PYTHON names an interpreter
+that has vLLM (0.21 or later; a build for CPUs will do), in about two minutes a family."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from kobold_sp_plugin import SoftPrompt
+from kobold_sp_plugin.engines import GenerationSettings
+from kobold_sp_plugin.engines.transformers import TransformersEngine
+from kobold_sp_plugin.engines.vllm import VllmServer
+from kobold_sp_plugin.errors import ContextExceeded, EngineRefused, EngineUnreachable, WidthMismatch, WrongModel
+from kobold_sp_plugin.softprompt import Order, Scale
+from tests.models import COMMON, softprompt, tiny_tokenizer
+
+PYTHON = os.environ.get("KOBOLD_SP_VLLM_PYTHON")
+pytestmark = [
+    pytest.mark.skipif(not PYTHON, reason="KOBOLD_SP_VLLM_PYTHON names no interpreter with vLLM"),
+    pytest.mark.timeout(900),
+]
+
+ROOT = Path(__file__).resolve().parents[2]
+SHAPE = {
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 64,  # vLLM on a CPU has no smaller ones
+    "max_position_embeddings": 256,
+}
+FAMILIES = {"llama": "Llama", "qwen3": "Qwen3", "gemma2": "Gemma2", "gemma3": "Gemma3Text"}
+ENVIRONMENT = {
+    **os.environ,
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "0",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "PYTHONPATH": str(ROOT),
+}
+
+
+def tiny(family):
+    config = getattr(transformers, f"{FAMILIES[family]}Config")(**{**COMMON, **SHAPE})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(5.0)
+    return model
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory):
+    """A folder with a model, and the same model in transformers."""
+    folder = tmp_path_factory.mktemp("models") / request.param
+    model, tokenizer = tiny(request.param), tiny_tokenizer()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    engine = TransformersEngine(model, tokenizer, request.param)
+    engine.model = model
+    return folder, engine
+
+
+@contextmanager
+def server(folder, log, *more):
+    """A vLLM server with the model in ``folder``, and its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--max-model-len", "250"]
+    command += ["--block-size", "32", "--enable-prompt-tokens-details", *more]
+    with open(log, "wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=ENVIRONMENT, cwd=log.parent)
+    try:
+        until = time.monotonic() + 600
+        while b"Application startup complete" not in log.read_bytes():
+            assert process.poll() is None and time.monotonic() < until, log.read_text(errors="replace")[-3000:]
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}", process
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+SOFT = {
+    "none": [],
+    "before": [softprompt(1, 37, 128)],
+    "after": [SoftPrompt(softprompt(2, 5, 128).rows, {"name": "after"}, order=Order.AFTER_BOS)],
+    "several": [softprompt(3, 40, 128), SoftPrompt(softprompt(4, 3, 128).rows * 0.3, {}, scale=Scale.MODULE)],
+}
+SETTINGS = {
+    "greedy": GenerationSettings("The door opened and", max_length=16, temperature=0),
+    "cut": GenerationSettings("The clock on the wall. " * 40, memory="Nobody said.", max_length=16, temperature=0),
+    "stop": GenerationSettings("and", max_length=24, temperature=0, rep_pen=1.3, stop_sequence=("O",)),
+    "empty": GenerationSettings("", max_length=8, temperature=0),
+}
+
+
+def expected(engine):
+    """What transformers writes, with the context that the server was started for."""
+    engine._context = 250
+    return {
+        f"{soft} {case}": "".join(engine.generate(settings, SOFT[soft]))
+        for soft in SOFT
+        for case, settings in SETTINGS.items()
+    }
+
+
+def largest_difference(engine, of, softprompts):
+    """Between the logarithms of the likeliest tokens' probabilities, and whose they should be."""
+    import math
+
+    found = of._next_tokens("The door opened and", softprompts)
+    handle_ids = torch.tensor([engine._ids("The door opened and")])
+    with torch.no_grad(), engine.override(softprompts):
+        from kobold_sp_plugin.soft_tokens import attached
+
+        logits = engine.model(**attached(engine.model).prepend(handle_ids)).logits[0, -1].log_softmax(-1)
+    return max(abs(logits[int(str(token).rpartition(":")[2])].item() - math.log(p)) for token, p in found.items())
+
+
+@pytest.mark.parametrize("trusted", [True, False], ids=["chat", "completions"])
+def test_a_server_writes_what_transformers_writes(family, tmp_path, trusted):
+    folder, engine = family
+    flags = ["--enable-prompt-embeds", *(["--trust-request-chat-template"] if trusted else [])]
+    with server(folder, tmp_path / "log", *flags) as (url, process):
+        vllm = VllmServer(url, str(folder))
+        assert (vllm._matrix is None) is trusted
+        written = {
+            f"{soft} {case}": "".join(vllm.generate(settings, SOFT[soft]))
+            for soft in SOFT
+            for case, settings in SETTINGS.items()
+        }
+        differences = {name: largest_difference(engine, vllm, soft) for name, soft in SOFT.items()}
+        print(folder.name, "trusted" if trusted else "not trusted", differences)
+        if trusted or "stop" not in SETTINGS:
+            assert written == expected(engine)
+        else:  # a penalty on the prompt's tokens cannot fall on what the server sees as rows
+            assert {k: v for k, v in written.items() if "stop" not in k or "none" in k} == {
+                k: v for k, v in expected(engine).items() if "stop" not in k or "none" in k
+            }
+        assert max(differences.values()) < 1e-3
+
+        # The soft prompt's rows are read once: whole blocks of 32 are found in the cache.
+        body = vllm._prompt(SETTINGS["greedy"], SOFT["several"])
+        used = [vllm._remote.ask(body.route, {**body.body, "max_tokens": 1}) for _ in range(2)][1]["usage"]
+        assert used["prompt_tokens_details"]["cached_tokens"] == 32
+
+        with pytest.raises(WidthMismatch):
+            vllm.select([softprompt(0, 4, 32)])
+        with pytest.raises(ContextExceeded):
+            vllm.generate(GenerationSettings("a", max_length=249), SOFT["before"])
+
+        stop = threading.Event()
+        pieces = vllm.generate(GenerationSettings("a", max_length=200, ban_eos=True), SOFT["before"], stop)
+        next(pieces)
+        stop.set()
+        assert len(list(pieces)) < 100
+
+        other = tiny("llama")
+        other.config.hidden_size = 64
+        other.config.save_pretrained(tmp_path / "other")
+        tiny_tokenizer().save_pretrained(tmp_path / "other")
+        with pytest.raises(WrongModel, match="64 columns"):
+            VllmServer(url, str(tmp_path / "other"))
+
+        assert vllm.effect(SOFT["before"]) == pytest.approx(engine.effect(SOFT["before"]), abs=0.15)
+        process.kill()
+        process.wait()
+        with pytest.raises(EngineUnreachable, match="No answer"):
+            list(vllm.generate(SETTINGS["greedy"]))
+
+
+def test_a_server_without_the_flag_says_which(family, tmp_path):
+    folder, _ = family
+    if folder.name != "llama":
+        pytest.skip("one family is enough")
+    with server(folder, tmp_path / "log") as (url, _), pytest.raises(EngineRefused, match="--enable-prompt-embeds"):
+        VllmServer(url, str(folder))
+
+
+IN_PROCESS = """
+import json, sys
+if __name__ == "__main__":
+    from vllm import LLM
+    from kobold_sp_plugin.engines.vllm_in_process import VllmInProcess
+    from tests.engines import test_vllm as cases
+    llm = LLM(sys.argv[1], enable_prompt_embeds=True, dtype="float32", enforce_eager=True, max_model_len=250,
+              block_size=32, tensor_parallel_size=int(sys.argv[2]))
+    engine = VllmInProcess(llm)
+    written = {f"{soft} {case}": "".join(engine.generate(settings, cases.SOFT[soft]))
+               for soft in cases.SOFT for case, settings in cases.SETTINGS.items()}
+    tokens = {soft: engine._next_tokens("The door opened and", cases.SOFT[soft]) for soft in cases.SOFT}
+    try:
+        engine.generate(cases.SETTINGS["greedy"], [cases.softprompt(0, 4, 32)])
+    except cases.WidthMismatch:
+        again = "".join(engine.generate(cases.SETTINGS["greedy"], cases.SOFT["before"]))
+    print("\\n" + json.dumps([written, tokens, again]), flush=True)
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_in_its_own_process_it_writes_what_transformers_writes(family, tmp_path, ranks):
+    folder, engine = family
+    script = tmp_path / "script.py"
+    script.write_text(IN_PROCESS)
+    environment = {**ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": "0|1" if ranks == 2 else "0"}
+    done = subprocess.run(
+        [PYTHON, str(script), str(folder), str(ranks)], stdout=subprocess.PIPE, env=environment, cwd=tmp_path
+    )
+    assert done.returncode == 0
+    lines = [line for line in done.stdout.decode().splitlines() if line.startswith("[{")]
+    written, tokens, again = json.loads(lines[-1])
+
+    class Told:
+        def __init__(self, soft):
+            self._next_tokens = lambda *_: tokens[soft]
+
+    differences = {soft: largest_difference(engine, Told(soft), SOFT[soft]) for soft in SOFT}
+    print(folder.name, f"{ranks} ranks", differences, file=sys.stderr)
+    texts = expected(engine)
+    assert written == texts
+    assert again == texts["before greedy"]
+    assert max(differences.values()) < 1e-3
