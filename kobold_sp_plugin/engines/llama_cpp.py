@@ -19,9 +19,9 @@ from ..errors import ContextExceeded, ModelError, NoModel, WidthMismatch
 from ..gguf.families import embedding_scale, scale_of_rows
 from ..gguf.reading import ModelFile, read
 from ..softprompt import Order, Scale, SoftPrompt
-from . import Effect, GenerationSettings
+from . import GREEDY_BELOW, PROBES, Effect, GenerationSettings
 from .llama_bindings import Decoder
-from .transformers import _TURN_SECONDS, GREEDY_BELOW, PROBES, Turns, _Text
+from .transformers import _TURN_SECONDS, Turns, _Text
 
 DEFAULT_CONTEXT = 8192
 """Tokens, where nobody asks for more: what models can read takes more memory than most machines have."""

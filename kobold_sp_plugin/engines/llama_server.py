@@ -24,10 +24,10 @@ from ..errors import (
 )
 from ..gguf.reading import read
 from ..softprompt import SoftPrompt
-from . import Effect, GenerationSettings
+from . import GREEDY_BELOW, PROBES, Effect, GenerationSettings
 from .llama_cpp import _check_widths, _distances, _entropies, fit
 from .slots import Slot, slot_of, write_slot
-from .transformers import _TURN_SECONDS, GREEDY_BELOW, PROBES, Turns
+from .transformers import _TURN_SECONDS, Turns
 
 _SECONDS = 10
 """For an answer that takes no model."""

@@ -237,7 +237,7 @@ class TransformersEngine:
         return str(self._tokenizer.convert_ids_to_tokens(token_id) or token_id)
 
     def matrix(self) -> Matrix:
-        """The model's embedding matrix, to look at some of its rows. Raises :class:`NoEmbedding` or :class:`NoModel`."""
+        """The model's embedding matrix, by its rows. Raises :class:`NoEmbedding` or :class:`NoModel`."""
         return matrix_of(self._existing())
 
     def token_ids(self, text: str) -> List[int]:
