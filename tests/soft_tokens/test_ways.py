@@ -102,7 +102,7 @@ WAYS = {
     "num_assistant_tokens": [{"assistant_model": "helper", "num_assistant_tokens": 3}],
     "num_assistant_tokens_schedule": [{"assistant_model": "helper", "num_assistant_tokens_schedule": "heuristic"}],
     "assistant_confidence_threshold": [{"assistant_model": "helper", "assistant_confidence_threshold": 0.2}],
-    "assistant_ensemble_weight": [{"assistant_model": "helper", "assistant_ensemble_weight": 0.01}],
+    "assistant_ensemble_weight": [{"assistant_model": "helper", "assistant_ensemble_weight": 0.999999}],
     "return_dict_in_generate": [{**BEAMS, "return_dict_in_generate": True, "output_scores": True}],
     "return_legacy_cache": [{"return_legacy_cache": True, "return_dict_in_generate": True}],
     # Options of generate() that are no settings
