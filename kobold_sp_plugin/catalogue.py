@@ -140,6 +140,11 @@ class Catalogue:
 
         Raises :class:`UnknownSoftPrompt` where several have it, or what :meth:`load` raises.
         """
+        filename = self.filename_of(name)
+        return None if filename is None else self.load(filename)
+
+    def filename_of(self, name: str) -> Optional[str]:
+        """The file that :meth:`named` means. Raises :class:`UnknownSoftPrompt` where several may be meant."""
         entries = self.entries()
         for found in (
             [entry.filename for entry in entries if entry.filename == name],
@@ -149,7 +154,7 @@ class Catalogue:
             if len(found) > 1:
                 raise UnknownSoftPrompt(f"{name[:200]!r} may be any of {', '.join(found[:20])}; write the file's name")
             if found:
-                return self.load(found[0])
+                return found[0]
         return None
 
     def _path(self, filename: str) -> str:

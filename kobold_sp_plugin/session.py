@@ -184,6 +184,14 @@ class Session:
             _check((loaded,), state.facts)
             return loaded.softprompt
 
+    def named(self, name: str) -> Optional[SoftPrompt]:
+        """What a tag names, by its file or its own name, for one request; None: there is none of the name.
+
+        Raises what :meth:`softprompt` raises, and :class:`UnknownSoftPrompt` where several have the name.
+        """
+        filename = self.catalogue.filename_of(name)
+        return None if filename is None else self.softprompt(filename)
+
     def refresh(self) -> None:
         """Read the folder again: what changed has a new entry, and the selection follows its files.
 

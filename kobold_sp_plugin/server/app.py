@@ -173,7 +173,8 @@ class Server:
             if engine is None:
                 raise InvalidRequest({"model": ["No model is loaded."]})
             softprompts = wanted.softprompts(self._session, self._characters)
-            generation = self.queue.submit(engine, wanted.settings[0], softprompts, client, tell, wanted.key)
+            settings = wanted.with_softprompts(self._session)[0]
+            generation = self.queue.submit(engine, settings, softprompts, client, tell, wanted.key)
         except SoftPromptError as error:
             say("error", error=describe(error))  # not tell: the id may be that of one that goes on
             return

@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, Generic, List, NamedTuple, Optional, Seq
 from ..engines import Engine, GenerationSettings, Tokenizing
 from ..errors import SoftPromptError
 from ..session import MOST_SELECTED, Session
-from ..softprompt import SoftPrompt
+from ..softprompt import SoftPrompt, read_tags
 from .characters import Characters
 
 LONGEST_BODY = 4 * 1024 * 1024
@@ -369,6 +369,24 @@ class GenerationRequest(NamedTuple):
         if names is None:
             return session.softprompts
         return tuple(session.softprompt(name) for name in names)
+
+    def with_softprompts(self, session: Session) -> Tuple[GenerationSettings, ...]:
+        """The settings, with a soft prompt for each tag in their texts. Raises :class:`InvalidRequest`."""
+        return tuple(
+            replace(
+                each,
+                prompt=_read_tags("prompt", each.prompt, session),
+                memory=_read_tags("memory", each.memory, session),
+            )
+            for each in self.settings
+        )
+
+
+def _read_tags(field: str, text: str, session: Session) -> str:
+    try:
+        return read_tags(text, session.named)
+    except SoftPromptError as error:
+        raise InvalidRequest({field: [str(error)]}) from error
 
 
 def fitted(settings: GenerationSettings, engine: Engine, softprompts: Sequence[SoftPrompt]) -> GenerationSettings:

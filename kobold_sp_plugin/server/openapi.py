@@ -62,7 +62,7 @@ _ERRORS: Dict[int, Tuple[str, Dict[str, Any]]] = {
     422: ("A field that is wrong, or a text that does not fit", {"anyOf": [_WRONG_FIELDS, _DETAIL]}),
     500: ("A failure inside the model", _DETAIL),
     501: ("No model is loaded", _DETAIL),
-    503: ("The queue is full, or the server is closing", _DETAIL),
+    503: ("The queue is full, the server is closing, or what generates does not answer", _DETAIL),
     507: ("Out of memory", _DETAIL),
 }
 

@@ -6,7 +6,7 @@ from typing import Any, Dict, Optional, Tuple
 from flask import Flask, Response, jsonify, request
 from werkzeug.exceptions import HTTPException
 
-from ..errors import ContextExceeded, NoModel, SoftPromptError
+from ..errors import ContextExceeded, EngineUnreachable, NoModel, SoftPromptError, UnsupportedCall
 from .fields import InvalidRequest
 from .generation_queue import QueueClosed, QueueFull, describe
 
@@ -65,9 +65,11 @@ def status_of(error: BaseException) -> Tuple[int, Dict[str, str]]:
     text = str(error)
     if isinstance(error, ContextExceeded):
         return 422, {"msg": text, "type": "context_exceeded"}
+    if isinstance(error, UnsupportedCall):  # what was asked for is right, but not for this engine
+        return 422, {"msg": text, "type": "not_supported"}
     if isinstance(error, NoModel):
         return 501, {"msg": text, "type": "not_implemented"}
-    if isinstance(error, (QueueClosed, QueueFull)):
+    if isinstance(error, (EngineUnreachable, QueueClosed, QueueFull)):
         return 503, {"msg": text, "type": "service_unavailable"}
     if isinstance(error, MemoryError) or any(words in text.lower() for words in _MEMORY_WORDS):
         message = f"The model ran out of memory: {text}" if text else "The model ran out of memory."

@@ -58,7 +58,7 @@ class Texts:
         except SoftPromptError as error:
             raise InvalidRequest({"soft_prompt": [str(error)]}) from error
         client = client_name(user)
-        for number, each in enumerate(wanted.settings):
+        for number, each in enumerate(wanted.with_softprompts(session)):
             settings = fitted(each, engine, softprompts)
             tell = self._teller(number)
             self.generations.append(self._queue.submit(engine, settings, softprompts, client, tell, wanted.key))

@@ -236,6 +236,58 @@ class TestGenerate:
         assert ask("POST", "/api/v1/generate", GREEDY).status == 200
 
 
+class TestTags:
+    """A soft prompt that stands in the text of a request."""
+
+    def text(self, ask, **fields):
+        return ask("POST", "/api/v1/generate", {**GREEDY, **fields}).text
+
+    @pytest.mark.parametrize("name", ["noir", "noir.zip", "Noir"])
+    def test_one_that_stands_first_is_as_one_that_is_selected(self, ask, session, name):
+        tagged = self.text(ask, prompt=f"<softprompt:{name}>{GREEDY['prompt']}")
+        in_memory = self.text(ask, memory=f"<softprompt:{name}>")
+        plain = self.text(ask)
+        session.select("noir.zip")
+        assert tagged == in_memory == self.text(ask) != plain
+
+    def test_it_stands_where_it_is_put(self, ask, session, engine):
+        noir = session.softprompt("noir.zip")
+        prompt = "The door " + noir + "opened and"
+        expected = "".join(engine.generate(GenerationSettings(prompt, max_length=20, temperature=0)))
+        tagged = "The door <softprompt:noir>opened and"
+        assert self.text(ask, prompt=tagged) == expected
+        assert self.text(ask, prompt="<softprompt:noir>The door opened and") != expected
+        chat = ask("POST", "/v1/completions", {"prompt": tagged, "max_tokens": 20, "top_k": 1})
+        assert chat.json["choices"][0]["text"] == expected
+
+    def test_it_counts_when_room_is_made(self, ask, engine):
+        story, memory = "The rain came in. " * 40, "The clock. " * 7 + "<softprompt:noir>"
+        room = len(engine.token_ids("The clock. " * 7)) + 4
+        fields = {**GREEDY, "prompt": story, "memory": memory, "max_length": 4}
+        assert ask("POST", "/api/v1/generate", {**fields, "max_context_length": room + 5}).status == 200
+        answer = ask("POST", "/api/v1/generate", {**fields, "max_context_length": room + 4})
+        assert answer.status == 422 and "4 of soft prompts" in answer.json["detail"]["msg"]
+
+    @pytest.mark.parametrize(("name", "why"), [("absent", "absent"), ("wide", "64 columns"), ("broken", "broken.zip")])
+    def test_what_nobody_can_read_there_is_422_with_the_reason(self, ask, server, name, why):
+        for field in ("prompt", "memory"):
+            answer = ask("POST", "/api/v1/generate", {**GREEDY, field: f"The door <softprompt:{name}>"})
+            assert answer.status == 422 and why in answer.json["detail"][field][0]
+        with connected(server) as client:
+            client.emit("generate", {"id": "a", "prompt": f"<softprompt:{name}>"})
+            assert why in hears(client, "generation", state="error")["error"]
+
+    def test_on_the_page_too(self, server, ask):
+        expected = self.text(ask, soft_prompt="noir.zip")
+        with connected(server) as client:
+            client.emit("generate", {"id": "a", **GREEDY, "prompt": f"<softprompt:noir>{GREEDY['prompt']}"})
+            text, state = "", ""
+            while state != "done":
+                heard = hears(client, "generation", id="a")
+                state, text = heard["state"], text + heard["text"]
+        assert text == expected
+
+
 class TestOtherAnswers:
     def test_every_entry_with_verdict_reason_and_tokens(self, ask, session, folder):
         softprompt(7).save(folder / "new.zip")

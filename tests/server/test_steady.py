@@ -17,6 +17,7 @@ from models import softprompt
 from serving import GREEDY, asking, eventually, reading, slowly
 
 from kobold_sp_plugin.engines import Ending, GenerationSettings
+from kobold_sp_plugin.errors import EngineUnreachable, UnsupportedCall
 from kobold_sp_plugin.server.app import Server
 from kobold_sp_plugin.server.generation_queue import GenerationQueue
 
@@ -137,6 +138,8 @@ def test_64_clients_at_once_each_get_the_text_they_would_get_alone(server, folde
             "out_of_memory.cpu.default_cpu_allocator",
         ),
         (RuntimeError("the size of tensor a must match"), 500, "server_error"),
+        (EngineUnreachable("No answer from http://127.0.0.1:8000."), 503, "service_unavailable"),
+        (UnsupportedCall("this engine reads no soft prompts inside a text"), 422, "not_supported"),
     ],
 )
 def test_what_fails_inside_the_model_is_answered_and_the_next_request_works(server, model, error, status, kind, caplog):
