@@ -187,8 +187,8 @@ function row(entry) {
   only.dataset.key = `only ${entry.filename}`;
   more.dataset.key = `more ${entry.filename}`;
   made.dataset.usable = entry.usable;
-  made.append(only, more, element("span", { className: "soft_prompts_verdict", textContent: entry.verdict }));
-  if (entry.reason) made.append(element("p", { className: "soft_prompts_reason", textContent: entry.reason }));
+  const reason = entry.reason ? `: ${entry.reason}` : "";
+  made.append(only, more, element("p", {}, element("em", { textContent: entry.verdict }), reason));
   if (entry.description) made.append(element("p", { textContent: entry.description }));
   return made;
 }
@@ -221,7 +221,8 @@ function render() {
   parts.who.value = state.who;
   parts.none.textContent = state.who ? "Same as everyone" : "None";
   const missing = state.server ? chosen().filter((each) => !entryOf(each)) : [];
-  const entries = [...missing.map(lost), ...(state.server?.entries ?? [])];
+  const known = [...(state.server?.entries ?? [])].sort((one, other) => other.usable - one.usable);
+  const entries = [...missing.map(lost), ...known]; // what does not fit stands below what does
   parts.list.replaceChildren(...entries.map(row));
   parts.empty.hidden = !state.server || entries.length > 0;
   [...parts.list.querySelectorAll("button")].find((each) => focused && each.dataset.key === focused)?.focus();
