@@ -81,7 +81,7 @@ def tiny(family, seed=0):
     return model
 
 
-def write(model, path, embedding=None, unlike=None):
+def write(model, path, embedding=None, unlike=None, template=None):
     """Write ``model`` to ``path``. ``embedding``: the type of its embedding and output matrices; None: float32."""
     config = model.config
     arch = {"gemma3_text": "gemma3"}.get(config.model_type, config.model_type)
@@ -116,6 +116,8 @@ def write(model, path, embedding=None, unlike=None):
     writer.add_unk_token_id(0)
     writer.add_add_bos_token(True)
     writer.add_add_space_prefix(True)
+    if template is not None:
+        writer.add_chat_template(template)
     names = {**_NAMES, **(_GEMMA_NAMES if arch.startswith("gemma") else {})}
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:

@@ -15,7 +15,9 @@ from kobold_sp_plugin import SoftPrompt, attach
 from kobold_sp_plugin.demonstration import MODEL
 from kobold_sp_plugin.engines import Effect, GenerationSettings
 from kobold_sp_plugin.engines import transformers as transformers_engine
-from kobold_sp_plugin.engines.transformers import PROBES, TransformersEngine, _Text, load_transformers
+from kobold_sp_plugin.engines.detokenizer import Detokenizer
+from kobold_sp_plugin.engines.fitting import fit
+from kobold_sp_plugin.engines.transformers import PROBES, TransformersEngine, load_transformers
 from kobold_sp_plugin.errors import ContextExceeded, ModelError, NoModel, UnsupportedCall
 
 GREEDY = {"temperature": 0.0}
@@ -279,7 +281,7 @@ class TestBudget:
         begins, sizes, words = [], [], self.LONG
         for turn in range(60):
             words += f" the clock {turn}"
-            ids = engine._fit(GenerationSettings(words, memory="The clock.", max_length=20), 5)
+            ids = fit(GenerationSettings(words, memory="The clock.", max_length=20), 5, engine.context, engine._reader)
             begins.append(tuple(ids[:40]))
             sizes.append(len(ids))
         story = len(tokenizer(words)["input_ids"]) - len(tokenizer(self.LONG)["input_ids"])
@@ -291,8 +293,8 @@ class TestBudget:
     @pytest.mark.parametrize("room", range(1, 20))
     def test_the_last_token_of_the_story_always_stays(self, engine, room):
         settings = GenerationSettings(self.LONG, memory="The clock.", max_length=1)
-        head, ids = engine._ids("The clock."), engine._ids("The clock." + self.LONG)
-        fitted = engine._fit(replace(settings, max_context_length=len(head) + room + 1), 0)
+        head, ids = engine.token_ids("The clock."), engine.token_ids("The clock." + self.LONG)
+        fitted = fit(replace(settings, max_context_length=len(head) + room + 1), 0, engine.context, engine._reader)
         assert fitted[: len(head)] == head and fitted[len(head) :] == ids[len(head) - len(fitted) :]
         assert len(head) < len(fitted) <= len(head) + room
 
@@ -315,7 +317,7 @@ class TestBudget:
 
     def test_an_empty_prompt_begins_with_what_the_tokenizer_begins_with(self, engine, tokenizer):
         assert text_of(engine, prompt="")
-        assert engine._ids("") == [tokenizer.bos_token_id]
+        assert engine.token_ids("") == [tokenizer.bos_token_id]
 
 
 def harmful(engine, goal, n_tokens=20):
@@ -323,7 +325,7 @@ def harmful(engine, goal, n_tokens=20):
     model = engine._existing()
     rows = torch.nn.Parameter(torch.tensor(softprompt(n_tokens=n_tokens, width=160).rows) * 0.2)
     optimizer = torch.optim.Adam([rows], lr=0.05)
-    texts = [torch.tensor([engine._ids(probe)]) for probe in PROBES]
+    texts = [torch.tensor([engine.token_ids(probe)]) for probe in PROBES]
     for _ in range(60):
         inputs = [torch.cat([rows[None], model.get_input_embeddings()(ids)], 1) for ids in texts]
         ends = torch.stack([model(inputs_embeds=each).logits[0, -1].log_softmax(-1) for each in inputs])
@@ -421,7 +423,7 @@ class Bytes:
 
 
 def fed(text, stops=(), prompt=b"Once"):
-    maker = _Text(Bytes(), list(prompt), stops)
+    maker = Detokenizer(Bytes(), list(prompt), stops)
     pieces = []
     for byte in text.encode():
         if maker.ended:
@@ -438,7 +440,7 @@ class TestText:
         assert not any("\ufffd" in piece for piece in pieces)
 
     def test_an_unfinished_character_at_the_end_is_not_lost(self):
-        maker = _Text(Bytes(), [], ())
+        maker = Detokenizer(Bytes(), [], ())
         assert maker.add(list("é".encode())[:1]) == ""
         assert maker.rest() == "\ufffd"
 
@@ -493,8 +495,8 @@ class TestConversation:
 
     def test_a_text_that_is_tokenised_anew_is_read_from_where_it_differs(self, engine, model, tokenizer):
         text_of(engine, self.STORY, **GREEDY)
-        ids = engine._ids(self.STORY)
-        changed = engine._ids(self.STORY + "s")
+        ids = engine.token_ids(self.STORY)
+        changed = engine.token_ids(self.STORY + "s")
         common = next(at for at, pair in enumerate(zip([*ids, None], changed)) if pair[0] != pair[1])
         read = self.read_by(model, lambda: text_of(engine, self.STORY + "s", **GREEDY))
         assert read[0] <= len(changed) - common

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ..errors import ContextExceeded, MissingLibrary, ModelError
+from ..soft_tokens.text import WORD_STARTS
 
 log = logging.getLogger(__name__)
 
@@ -146,12 +147,14 @@ class Decoder:
         self._read(batch, len(ids), position, sequence, True)
 
     def read_rows(self, rows: np.ndarray, position: int, sequence: int = 0) -> None:
-        """Read rows, float32 ``[n, width]`` in the scale that :func:`~..gguf.families.scale_of_rows` tells."""
+        """Read rows, float32 ``[n, width]`` in the scale that :func:`~..gguf.families.scale_of_rows` tells; logits are
+        those of the last.
+        """
         batch = self._rows
         for start in range(0, len(rows), self._at_once):
             part = np.ascontiguousarray(rows[start : start + self._at_once], dtype=np.float32)
             ctypes.memmove(batch.embd, part.ctypes.data, part.nbytes)
-            self._read(batch, len(part), position + start, sequence, False)
+            self._read(batch, len(part), position + start, sequence, start + len(part) == len(rows))
 
     @property
     def at_once(self) -> int:
@@ -172,7 +175,7 @@ class Decoder:
             raise ModelError(f"llama.cpp cannot read this ({answer}): {_said()}")
 
     def logits(self) -> np.ndarray:
-        """Logits after the last id that was read: float32 ``[vocabulary]``, a copy."""
+        """Logits after the last id or row that was read: float32 ``[vocabulary]``, a copy."""
         found = self._llama.llama_get_logits_ith(self._context, -1)
         return np.array(np.ctypeslib.as_array(found, shape=(self.vocabulary,)))
 
@@ -189,6 +192,13 @@ class Decoder:
         given = (self._llama.llama_token * len(ids))(*ids)
         if not self._llama.llama_state_seq_save_file(self._context, path.encode("utf-8"), sequence, given, len(ids)):
             raise ModelError(f"llama.cpp cannot write {path}: {_said()}")
+
+    def begins_with_space(self) -> bool:
+        """Whether a space is put before the first word of a text."""
+        first = self.ids_of("a", begin=False)[0]
+        return bool(
+            self._llama.llama_vocab_get_text(self._vocab, first).decode("utf-8", "replace").startswith(WORD_STARTS)
+        )
 
     def is_end(self, token: int) -> bool:
         """Whether a text ends with this token."""

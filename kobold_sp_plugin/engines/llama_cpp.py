@@ -10,18 +10,23 @@ import secrets
 import threading
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Generator, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Generator, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
 from ..compatibility import ModelFacts, facts
-from ..errors import ContextExceeded, ModelError, NoModel, WidthMismatch
+from ..errors import ModelError, NoModel
 from ..gguf.families import embedding_scale, scale_of_rows
 from ..gguf.reading import ModelFile, read
-from ..softprompt import Order, Scale, SoftPrompt
-from . import GREEDY_BELOW, PROBES, Effect, GenerationSettings
+from ..soft_tokens.text import runs_of, tokenised, without_soft_tokens
+from ..softprompt import Order, Scale, SoftPrompt, TaggedText
+from . import GREEDY_BELOW, PROBES, Effect, Ending, GenerationSettings
+from .detokenizer import Detokenizer
+from .effects import effect_of
+from .fitting import fit, in_front, softprompts_inside
+from .gguf_model import chat_prompt, check_widths
 from .llama_bindings import Decoder
-from .transformers import _TURN_SECONDS, Turns, _Text
+from .turns import Turns
 
 DEFAULT_CONTEXT = 8192
 """Tokens, where nobody asks for more: what models can read takes more memory than most machines have."""
@@ -113,7 +118,7 @@ class LlamaCppEngine:
 
         Raises :class:`WidthMismatch`; the selection is then what it was.
         """
-        _check_widths(softprompts, self._file)
+        check_widths(softprompts, self._file)
         self._selected = tuple(softprompts)
 
     def effect(self, softprompts: Sequence[SoftPrompt]) -> Effect:
@@ -121,14 +126,7 @@ class LlamaCppEngine:
 
         The model reads one probe at a time, in between generations.
         """
-        without, having = self._next_tokens(()), self._next_tokens(softprompts)
-        return Effect(
-            float(min(1.0, _distances(having, without).mean())),
-            float(_entropies(having).mean()),
-            float(_entropies(without).mean()),
-            float(_distances(having[:, None], having[None]).mean()),
-            float(_distances(without[:, None], without[None]).mean()),
-        )
+        return effect_of(self._next_tokens(()), self._next_tokens(softprompts))
 
     def logits(self, ids: Sequence[int], softprompts: Sequence[SoftPrompt] = ()) -> np.ndarray:
         """Logits after ``ids``, with these soft prompts in front: float32 ``[vocabulary]``; what is kept stays."""
@@ -136,7 +134,7 @@ class LlamaCppEngine:
             beginning, rest = beginning_of(softprompts, ids, self._file, decoder.bos)
             self._make_room(decoder, beginning, self._story.n_tokens + len(rest))
             self._begin(decoder, beginning, _PROBE)
-            for _ in _read_on(decoder, rest, beginning.n_tokens, _PROBE):
+            for _ in self._read_on(decoder, rest, beginning.n_tokens, _PROBE):
                 pass
             found = decoder.logits()
             decoder.drop(_PROBE)
@@ -147,35 +145,42 @@ class LlamaCppEngine:
         decoder = self._existing()
         return decoder.text_of([token_id], special=True) or str(token_id)
 
+    def token_ids(self, text: str) -> List[int]:
+        """The ids that the model would read for a text."""
+        return _Reader(self._existing(), self.name).ids(text)
+
+    def chat_prompt(self, messages: Sequence[Dict[str, Any]]) -> Optional[str]:
+        """A conversation as the file's template writes it; None where it has none, or not for these messages."""
+        return chat_prompt(self._file, messages, begins=bool(self._existing().ids_of("")))
+
     def generate(
         self,
         settings: GenerationSettings,
         softprompts: Optional[Sequence[SoftPrompt]] = None,
         stop: Optional[threading.Event] = None,
-    ) -> Generator[str, None, None]:
+    ) -> Generator[str, None, Ending]:
         """Text, piece by piece, with these soft prompts in place of the selection unless None.
 
         The soft prompts and the text are fixed when this is called; the model starts when the first piece is asked
         for and no other generation is running. Closing the iterator or setting ``stop`` ends it within one token.
-        Raises :class:`ContextExceeded`, :class:`WidthMismatch` or :class:`NoModel`.
+        Soft prompts that stand in the text itself (:class:`TaggedText`) are read there. Raises
+        :class:`ContextExceeded`, :class:`WidthMismatch` or :class:`NoModel`.
         """
         decoder = self._existing()
-        chosen = self._selected if softprompts is None else tuple(softprompts)
-        _check_widths(chosen, self._file)
-        ids = fit(
-            settings, sum(each.n_tokens for each in chosen), decoder.n_context, decoder.ids_of, decoder.bos, self.name
-        )
+        settings, chosen = in_front(settings, self._selected if softprompts is None else softprompts)
+        check_widths([*chosen, *softprompts_inside(settings)], self._file)
+        n_soft = sum(each.n_tokens for each in chosen)
+        ids = fit(settings, n_soft, decoder.n_context, _Reader(decoder, self.name))
         return self._pieces(settings, chosen, ids, stop or threading.Event())
 
     def _pieces(
         self, settings: GenerationSettings, softprompts: Sequence[SoftPrompt], ids: List[int], stop: threading.Event
-    ) -> Generator[str, None, None]:
-        while not self.lock.acquire(timeout=_TURN_SECONDS):
-            if stop.is_set():
-                return
+    ) -> Generator[str, None, Ending]:
+        if not self.lock.acquire_unless(stop.is_set):
+            return Ending("stop", len(without_soft_tokens(ids)), 0)
         try:
             with self._using() as decoder:
-                yield from self._run(decoder, settings, softprompts, ids, stop)
+                return (yield from self._run(decoder, settings, softprompts, ids, stop))
         finally:
             self.lock.release()
 
@@ -186,30 +191,47 @@ class LlamaCppEngine:
         softprompts: Sequence[SoftPrompt],
         ids: List[int],
         stop: threading.Event,
-    ) -> Generator[str, None, None]:
+    ) -> Generator[str, None, Ending]:
         beginning, rest = beginning_of(softprompts, ids, self._file, decoder.bos)
-        text = _Text(_Detokenizer(decoder), ids, settings.stop_sequence)
+        of_text = without_soft_tokens(ids)
+        text = Detokenizer(_Reader(decoder, self.name), of_text, settings.stop_sequence, settings.keep_stop)
+        reason, n_new = "length", 0
         read = self._begin_story(decoder, beginning, rest, settings.max_length)
-        with _sampler(decoder, settings, ids) as sample:
-            for part in _read_on(decoder, rest[len(read) :], beginning.n_tokens + len(read), _TEXT):
+        with _sampler(decoder, settings, of_text) as sample:
+            for part in self._read_on(decoder, rest[len(read) :], beginning.n_tokens + len(read), _TEXT):
                 read.extend(part)
                 if stop.is_set():
-                    return
-            for left in reversed(range(settings.max_length)):
+                    return Ending("stop", len(of_text), 0)
+            while n_new < settings.max_length:
                 token = sample()
+                n_new += 1
                 if decoder.is_end(token):
+                    reason = "stop"
                     break
                 piece = text.add([token])
                 if piece:
                     yield piece
                 if text.ended or stop.is_set():
-                    return
-                if left:
+                    return Ending("stop", len(of_text), n_new)
+                if n_new < settings.max_length:
                     decoder.read_ids([token], beginning.n_tokens + len(read), _TEXT)
                     read.append(token)
         piece = text.rest()
         if piece:
             yield piece
+        return Ending("stop" if text.ended else reason, len(of_text), n_new)
+
+    def _read_on(self, decoder: Decoder, ids: Sequence[int], position: int, sequence: int) -> Iterator[Sequence[int]]:
+        """Read ``ids``, of text or of soft tokens, part by part; each part when it is read."""
+        for run, softprompt, first in runs_of(ids):
+            if softprompt is not None:
+                decoder.read_rows(_rows([softprompt], self._file)[first : first + len(run)], position, sequence)
+                yield run
+            for start in range(0, len(run) if softprompt is None else 0, decoder.at_once):
+                part = run[start : start + decoder.at_once]
+                decoder.read_ids(part, position + start, sequence)
+                yield part
+            position += len(run)
 
     def _begin_story(self, decoder: Decoder, beginning: Beginning, rest: Sequence[int], n_new: int) -> List[int]:
         """Have the story's sequence know the beginning and as much of ``rest`` as it has read before; which is that.
@@ -284,14 +306,6 @@ class LlamaCppEngine:
         return self._decoder
 
 
-def _read_on(decoder: Decoder, ids: Sequence[int], position: int, sequence: int) -> Iterator[Sequence[int]]:
-    """Read ``ids``, part by part; each part when it is read."""
-    for start in range(0, len(ids), decoder.at_once):
-        part = ids[start : start + decoder.at_once]
-        decoder.read_ids(part, position + start, sequence)
-        yield part
-
-
 def beginning_of(
     softprompts: Sequence[SoftPrompt], ids: Sequence[int], model: ModelFile, bos: Optional[int]
 ) -> Tuple[Beginning, List[int]]:
@@ -319,47 +333,6 @@ def _rows(softprompts: Sequence[SoftPrompt], model: ModelFile) -> np.ndarray:
             factor /= embedding_scale(model)
         parts.append(each.rows if factor == 1 else each.rows * np.float32(factor))
     return np.concatenate(parts)
-
-
-def fit(
-    settings: GenerationSettings,
-    n_soft: int,
-    context: Optional[int],
-    ids_of: Any,
-    bos: Optional[int],
-    name: str,
-) -> List[int]:
-    """The ids to continue: all of the text, or as much of the story's end as the context has room for.
-
-    ``ids_of(text)``: what the engine's tokenizer makes of it. Raises :class:`ContextExceeded`.
-    """
-    ids = ids_of(settings.memory + settings.prompt) or ([] if bos is None else [bos])
-    if not ids:
-        raise ModelError(f"{name} has no token that a text can begin with; the prompt must not be empty.")
-    limits = [limit for limit in (context, settings.max_context_length) if limit is not None]
-    if not limits:
-        return list(ids)
-    room = min(limits) - n_soft - settings.max_length
-    if len(ids) <= room:
-        return list(ids)
-    head = ids_of(settings.memory)
-    if len(head) >= room:
-        soft = f"{n_soft} of soft prompts, " if n_soft else ""
-        memory = f"{len(head)} of memory, " if settings.memory else ""
-        raise ContextExceeded(
-            f"A context of {min(limits)} tokens has no room for the story beside {soft}{memory}"
-            f"{settings.max_length} of new text."
-        )
-    return list(head) + list(ids[len(head) - room :])
-
-
-def _check_widths(softprompts: Sequence[SoftPrompt], model: ModelFile) -> None:
-    for each in softprompts:
-        if each.width != model.embedding.shape[0]:
-            raise WidthMismatch(
-                f"{each.name or 'the soft prompt'} was made for {each.width} columns, "
-                f"this model has {model.embedding.shape[0]}"
-            )
 
 
 @contextmanager
@@ -400,21 +373,27 @@ def _sampler(decoder: Decoder, settings: GenerationSettings, ids: Sequence[int])
         llama.llama_sampler_free(chain)
 
 
-class _Detokenizer:
-    """The decoder as text is made with a tokenizer of transformers."""
+class _Reader:
+    """The decoder's tokenizer, as texts are fitted with and made with."""
 
-    def __init__(self, decoder: Decoder):
+    def __init__(self, decoder: Decoder, name: str):
         self._decoder = decoder
+        self._name = name
+
+    def ids(self, text: str) -> List[int]:
+        decoder = self._decoder
+        if isinstance(text, TaggedText):
+            ids = tokenised(
+                text, lambda part: decoder.ids_of(part, begin=False), self.prefix(), decoder.begins_with_space()
+            )
+        else:
+            ids = decoder.ids_of(text)
+        if not ids and decoder.bos is None:
+            raise ModelError(f"{self._name} has no token that a text can begin with; the prompt must not be empty.")
+        return ids or [int(decoder.bos or 0)]
+
+    def prefix(self) -> List[int]:
+        return self._decoder.ids_of("")
 
     def decode(self, ids: Sequence[int], **_: Any) -> str:
         return self._decoder.text_of(ids)
-
-
-def _distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Total variation between distributions in the last dimension."""
-    return np.asarray(np.abs(first - second).sum(-1) / 2)
-
-
-def _entropies(distributions: np.ndarray) -> np.ndarray:
-    """In nats, over the last dimension."""
-    return np.asarray(-(distributions * np.log(np.maximum(distributions, 1e-300))).sum(-1))

@@ -5,7 +5,7 @@ import json
 import socket
 import threading
 from contextlib import closing, contextmanager, suppress
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, Dict, Generator, Iterator, Optional
 from urllib.parse import urlsplit
 
 from ..errors import EngineRefused, EngineUnreachable
@@ -52,7 +52,7 @@ class Remote:
 
     def stream(
         self, route: str, body: Dict[str, Any], stop: threading.Event, seconds: float = _GENERATION_SECONDS
-    ) -> Iterator[Any]:
+    ) -> Generator[Any, None, None]:
         """The events of an answer, as they come; ends at once when ``stop`` is set, and then closes the connection.
 
         Raises what :meth:`ask` raises; also where the stream ends before the server says that it does.
@@ -63,13 +63,13 @@ class Remote:
                     line = response.readline(_LONGEST_EVENT)
                     if not line:
                         raise EngineUnreachable(f"{self.url} closed the connection within its answer.")
-                    if not line.startswith(b"data:"):
+                    name, _, data = line.strip().partition(b":")
+                    if name not in (b"data", b"error"):
                         continue
-                    data = line[5:].strip()
-                    if data == b"[DONE]":
+                    if data.strip() == b"[DONE]":
                         return
                     event = json.loads(data)
-                    if isinstance(event, dict) and "error" in event:
+                    if name == b"error" or (isinstance(event, dict) and "error" in event):
                         raise EngineRefused(f"{self.url}: {_message(event)}")
                     yield event
             except (ValueError, RecursionError) as error:
@@ -93,6 +93,9 @@ class Remote:
                     watcher.start()
                 connection.request("GET" if body is None else "POST", self._path + route, data, self._headers)
                 response = connection.getresponse()
+                if response.status == 503:
+                    said = _message(_json_or_text(response.read(_LONGEST_ANSWER)))
+                    raise EngineUnreachable(f"{self.url} is not ready: {said}")
                 if response.status >= 300:
                     raise EngineRefused(f"{self.url}: {_message(_json_or_text(response.read(_LONGEST_ANSWER)))}")
                 yield response

@@ -8,10 +8,9 @@ import logging
 import secrets
 import threading
 import weakref
-from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 from queue import SimpleQueue
-from typing import Any, Callable, ContextManager, Dict, Generator, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, ContextManager, Dict, Generator, List, Optional, Sequence, Tuple, Union
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, StoppingCriteriaList
@@ -19,12 +18,17 @@ from transformers import __version__ as transformers_version
 
 from ..compatibility import ModelFacts, context_of, facts
 from ..compatibility.matrix import Matrix, matrix_of
-from ..errors import ContextExceeded, ModelError, NoModel, UnsupportedModel
-from ..soft_tokens import SoftTokens, attach, attached, with_softprompts
-from ..soft_tokens.text import without_oldest_text, without_soft_tokens
-from ..softprompt import SoftPrompt, TaggedText
+from ..errors import ModelError, NoModel, UnsupportedModel
+from ..soft_tokens import SoftTokens, attach, attached
+from ..soft_tokens.text import without_soft_tokens
+from ..softprompt import SoftPrompt
 from . import GREEDY_BELOW, PROBES, Effect, Ending, GenerationSettings
+from .detokenizer import UNFINISHED, Detokenizer
+from .effects import effect_of
+from .fitting import fit
 from .samplers import samplers
+from .tokenizer import Tokenizer
+from .turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -36,13 +40,6 @@ _Piece = Union[str, BaseException, Ending]
 
 _MOST_LOGITS = 2**25
 """Of a batch of probes: 128 MB in float32."""
-
-_TAIL = 6
-"""Tokens of the prompt that new ones are decoded after: a tokenizer may write a word's space only in context."""
-_TURN_SECONDS = 0.05
-"""How often a generation that waits for its turn looks whether it was stopped."""
-_UNFINISHED = "\ufffd"
-"""What a decoder writes for the first bytes of a character whose last ones are in the next token."""
 
 
 def load_transformers(path: Union[str, Path], **options: Any) -> Tuple[Any, Any, str]:
@@ -78,49 +75,6 @@ def _is_a_path(name: str) -> bool:
     return name.startswith((".", "~", "/")) or "\\" in name or name.count("/") > 1 or bool(PureWindowsPath(name).drive)
 
 
-class Turns:
-    """A lock on one model, which a measurement gets only while nobody who generates wants it."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._taken = False
-        self._wanted = 0
-
-    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
-        """Take the model to generate, like :class:`threading.Lock`."""
-        with self._changed:
-            self._wanted += 1
-            seconds = (None if timeout < 0 else timeout) if blocking else 0
-            has_turn = self._changed.wait_for(lambda: not self._taken, seconds)
-            self._wanted -= 1
-            self._taken = self._taken or has_turn
-            self._changed.notify_all()
-            return has_turn
-
-    def release(self) -> None:
-        """Give the model back."""
-        with self._changed:
-            self._taken = False
-            self._changed.notify_all()
-
-    def __enter__(self) -> None:
-        self.acquire()
-
-    def __exit__(self, *exception: object) -> None:
-        self.release()
-
-    @contextmanager
-    def in_between(self) -> Iterator[None]:
-        """Take the model for a moment, as soon as nobody has it or waits for it."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._taken and not self._wanted)
-            self._taken = True
-        try:
-            yield
-        finally:
-            self.release()
-
-
 def _gone() -> None:
     """The model of an engine that was closed."""
 
@@ -140,6 +94,7 @@ class TransformersEngine:
         self.lock = Turns()
         self._model: Callable[[], Any] = weakref.ref(model)
         self._tokenizer = tokenizer
+        self._reader = Tokenizer(tokenizer, name)
         self._context = context_of(model)
         self._facts: Optional[ModelFacts] = None
         self._measuring = threading.Lock()
@@ -194,14 +149,7 @@ class TransformersEngine:
 
         Runs the model for one forward pass at a time, in between generations: none waits for more than that.
         """
-        without, having = self._next_tokens(()), self._next_tokens(softprompts)
-        return Effect(
-            min(1.0, _distances(having, without).mean().item()),
-            _entropies(having).mean().item(),
-            _entropies(without).mean().item(),
-            _distances(having[:, None], having[None]).mean().item(),
-            _distances(without[:, None], without[None]).mean().item(),
-        )
+        return effect_of(self._next_tokens(()).cpu().numpy(), self._next_tokens(softprompts).cpu().numpy())
 
     def _next_tokens(self, softprompts: Sequence[SoftPrompt]) -> torch.Tensor:
         """``[len(PROBES), vocabulary]``: the distribution of the token after each probe, with these soft prompts.
@@ -209,7 +157,7 @@ class TransformersEngine:
         As many probes at a time as keep the logits below 128 MB; padding stands on the right, where a causal model
         does not see it.
         """
-        probes = [self._ids(probe) for probe in PROBES]
+        probes = [self._reader.ids(probe) for probe in PROBES]
         length = max(map(len, probes))
         n_tokens = sum(softprompt.n_tokens for softprompt in softprompts)
         found: List[torch.Tensor] = []
@@ -232,7 +180,7 @@ class TransformersEngine:
     def token_text(self, token_id: int) -> str:
         """One token as text; by its name in the vocabulary where it is no whole character."""
         text = self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
-        if text and _UNFINISHED not in text:
+        if text and UNFINISHED not in text:
             return text
         return str(self._tokenizer.convert_ids_to_tokens(token_id) or token_id)
 
@@ -242,20 +190,11 @@ class TransformersEngine:
 
     def token_ids(self, text: str) -> List[int]:
         """The ids that the model would read for a text."""
-        return self._ids(text)
+        return self._reader.ids(text)
 
     def chat_prompt(self, messages: Sequence[Dict[str, Any]]) -> Optional[str]:
         """A conversation as the tokenizer's template writes it; None where it has none, or not for these messages."""
-        if not getattr(self._tokenizer, "chat_template", None):
-            return None
-        try:
-            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # templates refuse what they do not know, each in its own way
-            log.warning("The template for conversations of %s cannot be used: %s", self.name, error)
-            return None
-        start = str(self._tokenizer.bos_token or "")
-        # Where the tokenizer begins every text with it, a second one would stand there.
-        return text[len(start) :] if start and self._prefix() and text.startswith(start) else text
+        return self._reader.chat_prompt(messages)
 
     def generate(
         self,
@@ -273,8 +212,8 @@ class TransformersEngine:
         """
         handle = self._handle_of(self._existing())
         chosen = handle.selection if softprompts is None else tuple(softprompts)
-        ids = self._fit(settings, sum(softprompt.n_tokens for softprompt in chosen))
-        text = _Text(self._tokenizer, without_soft_tokens(ids), settings.stop_sequence, settings.keep_stop)
+        ids = fit(settings, sum(softprompt.n_tokens for softprompt in chosen), self._context, self._reader)
+        text = Detokenizer(self._tokenizer, without_soft_tokens(ids), settings.stop_sequence, settings.keep_stop)
         return self._pieces(handle, chosen, ids, settings, text, stop or threading.Event())
 
     def _pieces(
@@ -283,20 +222,20 @@ class TransformersEngine:
         softprompts: Sequence[SoftPrompt],
         ids: List[int],
         settings: GenerationSettings,
-        text: "_Text",
+        text: Detokenizer,
         stop: threading.Event,
     ) -> Generator[str, None, Ending]:
         """The generation, in a thread of its own that ends before the iterator does."""
         pieces: SimpleQueue[_Piece] = SimpleQueue()
         closed = threading.Event()
+        n_prompt = len(without_soft_tokens(ids))
         watcher = _Watcher(text, _n_text(ids), pieces, (stop, closed))
 
         def run() -> None:
             try:
-                while not self.lock.acquire(timeout=_TURN_SECONDS):
-                    if watcher.stopped:
-                        pieces.put(Ending("stop", len(ids), 0))
-                        return
+                if not self.lock.acquire_unless(watcher.is_stopped):
+                    pieces.put(Ending("stop", n_prompt, 0))
+                    return
                 try:
                     self._run(handle, softprompts, ids, settings, watcher)
                 finally:
@@ -304,7 +243,7 @@ class TransformersEngine:
                 has_room = watcher.n_new < settings.max_length
                 pieces.put(text.rest())
                 is_short = has_room or text.ended or watcher.last_id in self._end_ids()
-                pieces.put(Ending("stop" if is_short else "length", len(ids), watcher.n_new))
+                pieces.put(Ending("stop" if is_short else "length", n_prompt, watcher.n_new))
             except BaseException as error:  # whatever it is, the reader must not wait for ever
                 pieces.put(error)
 
@@ -393,67 +332,12 @@ class TransformersEngine:
     def _token_texts(self) -> List[str]:
         """What each token adds to a text, in lower case; made once."""
         if self._texts is None:
-            anchor = self._ids("x")[-1:]
+            anchor = self._reader.ids("x")[-1:]
             before = self._tokenizer.decode(anchor, clean_up_tokenization_spaces=False)
             sequences = [[*anchor, each] for each in range(len(self._tokenizer))]
             decoded = self._tokenizer.batch_decode(sequences, clean_up_tokenization_spaces=False)
             self._texts = [text[len(before) :].lower() for text in decoded]
         return self._texts
-
-    def _fit(self, settings: GenerationSettings, n_soft: int) -> List[int]:
-        """The ids to continue: all of the text, or as much of the story's end as the context has room for.
-
-        The beginning of a story that is too long goes by the eighth of its room: the next turns then begin like
-        this one, until the story has grown by an eighth, and what they have in common need not be read again.
-        """
-        text = settings.memory + settings.prompt
-        ids = self._ids(text)
-        limits = [limit for limit in (self._context, settings.max_context_length) if limit is not None]
-        if not limits:
-            return ids
-        room = min(limits) - n_soft - settings.max_length
-        if len(ids) <= room:
-            return ids
-        head = self._ids(settings.memory) if settings.memory else self._prefix()
-        n_inside = len(ids) - len(without_soft_tokens(ids))
-        n_kept = len(without_soft_tokens(head))
-        if n_kept + n_inside >= room:
-            n_soft += n_inside
-            soft = f"{n_soft} of soft prompts, " if n_soft else ""
-            memory = f"{n_kept} of memory, " if settings.memory else ""
-            raise ContextExceeded(
-                f"A context of {min(limits)} tokens has no room for the story beside {soft}{memory}"
-                f"{settings.max_length} of new text."
-            )
-        step = max(1, (room - n_kept - n_inside) // 8)
-        n_going = -(-(len(ids) - room) // step) * step
-        if n_inside:
-            return without_oldest_text(ids, n_going, n_kept)
-        return head + ids[len(head) + n_going :]
-
-    def _ids(self, text: str) -> List[int]:
-        """Ids of ``text`` behind what the tokenizer begins a text with; never none."""
-        if text:
-            tokenizer = with_softprompts(self._tokenizer) if isinstance(text, TaggedText) else self._tokenizer
-            ids = list(tokenizer(text)["input_ids"])
-            end = self._tokenizer.eos_token_id
-            if len(ids) > 1 and ids[-1] == end and not text.endswith(str(self._tokenizer.eos_token)):
-                ids.pop()  # some tokenizers close every text; what follows then would be a new one
-        else:
-            ids = self._prefix()
-        if ids:
-            return ids
-        start = self._tokenizer.bos_token_id
-        start = self._tokenizer.eos_token_id if start is None else start
-        if start is None:
-            raise ModelError(f"{self.name} has no token that a text can begin with; the prompt must not be empty.")
-        return [start]
-
-    def _prefix(self) -> List[int]:
-        """What the tokenizer puts in front of every text: mostly the beginning-of-sequence token, or nothing."""
-        ids = list(self._tokenizer("")["input_ids"])
-        end = self._tokenizer.eos_token_id
-        return ids[:-1] if ids and ids[-1] == end != self._tokenizer.bos_token_id else ids
 
     def _pad_id(self) -> int:
         """An id for padding; with one row there is none, but transformers warns where it has to guess."""
@@ -488,22 +372,12 @@ def _device_of(model: Any) -> torch.device:
     return model.device if device is None else torch.device(device)
 
 
-def _distances(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Total variation between distributions in the last dimension."""
-    return (first - second).abs().sum(-1) / 2
-
-
-def _entropies(distributions: torch.Tensor) -> torch.Tensor:
-    """In nats, over the last dimension."""
-    return torch.special.entr(distributions).sum(-1)
-
-
 class _Watcher(StoppingCriteria):
     """Sees every new token inside ``generate``: passes its text on, and says when to stop."""
 
     def __init__(
         self,
-        text: "_Text",
+        text: Detokenizer,
         n_prompt: int,
         pieces: "SimpleQueue[_Piece]",
         stops: Sequence[threading.Event],
@@ -515,8 +389,7 @@ class _Watcher(StoppingCriteria):
         self.n_new = 0
         self.last_id: Optional[int] = None
 
-    @property
-    def stopped(self) -> bool:
+    def is_stopped(self) -> bool:
         return any(stop.is_set() for stop in self._stops)
 
     def see(self, input_ids: torch.Tensor) -> None:
@@ -529,61 +402,6 @@ class _Watcher(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         self.see(input_ids)
-        stop = self._text.ended or self.stopped
+        stop = self._text.ended or self.is_stopped()
         # A tensor with one answer serves releases that ask each row, and those that ask any().
         return torch.full((input_ids.shape[0],), stop, dtype=torch.bool, device=input_ids.device)
-
-
-class _Text:
-    """Makes text of ids that come one by one, and ends it before the first stop sequence."""
-
-    def __init__(
-        self, tokenizer: Any, prompt_ids: Sequence[int], stop_sequences: Sequence[str], keep_stop: bool = False
-    ):
-        self._tokenizer = tokenizer
-        self._ids = list(prompt_ids[-_TAIL:])
-        self._start = 0
-        """From here on ids are decoded; what comes before can change nothing any more."""
-        self._done = len(self._ids)
-        """Ids before this one are text already."""
-        self._held = ""
-        """Text that may turn out to be the beginning of a stop sequence."""
-        self._stop_sequences = [stop for stop in stop_sequences if stop]
-        self._keep_stop = keep_stop
-        self.ended = False
-
-    def add(self, ids: Sequence[int]) -> str:
-        """The text that ``ids`` settle; "" while a character or a possible stop sequence is unfinished."""
-        self._ids.extend(ids)
-        return self._take(final=False)
-
-    def rest(self) -> str:
-        """The text that was still open at the end."""
-        return self._take(final=True)
-
-    def _take(self, final: bool) -> str:
-        if self.ended:
-            return ""
-        known = self._decode(self._ids[self._start : self._done])
-        all_of_it = self._decode(self._ids[self._start :])
-        if len(all_of_it) > len(known) and (final or not all_of_it.endswith(_UNFINISHED)):
-            self._held += all_of_it[len(known) :]
-            self._start, self._done = self._done, len(self._ids)
-        return self._settled(final)
-
-    def _settled(self, final: bool) -> str:
-        found = [(self._held.find(stop), stop) for stop in self._stop_sequences if stop in self._held]
-        if found:
-            self.ended = True
-            at, stop = min(found)
-            return self._held[: at + len(stop)] if self._keep_stop else self._held[:at]
-        keep = 0
-        if not final:
-            longest = max((len(stop) for stop in self._stop_sequences), default=1) - 1
-            sizes = range(min(longest, len(self._held)), 0, -1)
-            keep = next((n for n in sizes if any(s.startswith(self._held[-n:]) for s in self._stop_sequences)), 0)
-        settled, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        return settled
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

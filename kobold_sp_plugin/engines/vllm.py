@@ -135,7 +135,7 @@ class VllmServer(VllmModel):
                         lost_space = False
                         yield piece
         finally:
-            events.close()  # type: ignore[attr-defined]
+            events.close()
         return Ending("length" if reason == "length" and not stop.is_set() else "stop", prompt.n_text, n_new)
 
     def _began_with_space(self, token_ids: Optional[Sequence[int]]) -> bool:

@@ -11,7 +11,7 @@ import functools
 import logging
 import threading
 from collections import OrderedDict
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
@@ -30,7 +30,7 @@ MOST_KEPT = 64
 _OPTIONS = {"add_special_tokens", "padding", "max_length", "pad_to_multiple_of", "padding_side", "return_tensors"}
 _OPTIONS |= {"return_attention_mask", "return_token_type_ids", "verbose"}
 
-_WORD_STARTS = ("\u2581", "\u0120")
+WORD_STARTS = ("\u2581", "\u0120")
 """What tokenizers write for the space before a word."""
 
 
@@ -109,6 +109,54 @@ def without_oldest_text(ids: Sequence[int], n: int, keep: int = 0) -> List[int]:
     return kept
 
 
+def runs_of(ids: Sequence[int]) -> Iterator[Tuple[Sequence[int], Optional[SoftPrompt], int]]:
+    """``ids`` in parts, each of text or of one soft prompt: the ids, the soft prompt, which of its rows is the first.
+
+    Raises :class:`~kobold_sp_plugin.errors.UnsupportedCall` where a soft prompt is gone.
+    """
+    found = _IDS.found_in({each for each in ids if each >= FIRST_ID})
+    firsts = sorted(found)
+    begin = 0
+    while begin < len(ids):
+        end = begin + 1
+        if ids[begin] < FIRST_ID:
+            while end < len(ids) and ids[end] < FIRST_ID:
+                end += 1
+            yield ids[begin:end], None, 0
+        else:
+            first = firsts[bisect.bisect_right(firsts, ids[begin]) - 1]
+            softprompt = found[first]
+            while end < len(ids) and ids[end] == ids[end - 1] + 1 < first + softprompt.n_tokens:
+                end += 1
+            yield ids[begin:end], softprompt, ids[begin] - first
+        begin = end
+
+
+def tokenised(
+    text: Union[str, SoftPrompt], bare: Callable[[str], List[int]], begin: Sequence[int] = (), adds_space: bool = False
+) -> List[int]:
+    """Ids of ``text``, behind those that a text begins with, and those of the soft prompts in it.
+
+    ``bare(text)``: ids of a text without what it begins with. ``adds_space``: it puts a space before the first word.
+    """
+    parts = parts_of(text)
+    front: List[SoftPrompt] = []
+    for part in parts:
+        if not isinstance(part, SoftPrompt):
+            break
+        front.append(part)
+    ids = [each for softprompt in front if softprompt.order is Order.BEFORE_BOS for each in _ids(softprompt)]
+    ids += begin
+    ids += [each for softprompt in front if softprompt.order is Order.AFTER_BOS for each in _ids(softprompt)]
+    for number, part in enumerate(parts[len(front) :]):
+        if isinstance(part, SoftPrompt):
+            ids += _ids(part)
+        else:
+            # A tokenizer that begins every text with a space would make two of one in the middle.
+            ids += bare(part[1:] if number and adds_space and part.startswith(" ") else part)
+    return ids
+
+
 def with_softprompts(tokenizer: Any) -> Any:
     """A copy of a ``transformers`` tokenizer that reads soft prompts in text, and is otherwise the same.
 
@@ -160,25 +208,10 @@ class _ReadsSoftPrompts:
         return (with_softprompts, (plain,))
 
     def _ids_of(self, text: Union[str, SoftPrompt], special: bool) -> List[int]:
-        parts = parts_of(text)
-        front: List[SoftPrompt] = []
-        for part in parts:
-            if not isinstance(part, SoftPrompt):
-                break
-            front.append(part)
         begin, end, adds_space = self._habits()
         if not special:
             begin, end = [], []
-        ids = [each for softprompt in front if softprompt.order is Order.BEFORE_BOS for each in _ids(softprompt)]
-        ids += begin
-        ids += [each for softprompt in front if softprompt.order is Order.AFTER_BOS for each in _ids(softprompt)]
-        for number, part in enumerate(parts[len(front) :]):
-            if isinstance(part, SoftPrompt):
-                ids += _ids(part)
-            else:
-                # A tokenizer that begins every text with a space would make two of one in the middle.
-                ids += self._bare(part[1:] if number and adds_space and part.startswith(" ") else part)
-        return ids + end
+        return tokenised(text, self._bare, begin, adds_space) + end
 
     def _bare(self, text: str) -> List[int]:
         return list(super().__call__(text, add_special_tokens=False)["input_ids"]) if text else []  # type: ignore[misc]
@@ -189,7 +222,7 @@ class _ReadsSoftPrompts:
         whole = list(super().__call__("a")["input_ids"])  # type: ignore[misc]
         at = next((at for at in range(len(whole)) if whole[at : at + len(bare)] == bare), len(whole))
         first: str = self.convert_ids_to_tokens(bare)[0]  # type: ignore[attr-defined]
-        return whole[:at], whole[at + len(bare) :], first.startswith(_WORD_STARTS)
+        return whole[:at], whole[at + len(bare) :], first.startswith(WORD_STARTS)
 
     def _batch(
         self,

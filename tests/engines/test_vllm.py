@@ -125,7 +125,7 @@ def largest_difference(engine, of, softprompts):
     import math
 
     found = of._next_tokens("The door opened and", softprompts)
-    handle_ids = torch.tensor([engine._ids("The door opened and")])
+    handle_ids = torch.tensor([engine.token_ids("The door opened and")])
     with torch.no_grad(), engine.override(softprompts):
         from kobold_sp_plugin.soft_tokens import attached
 

@@ -12,12 +12,14 @@ pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 import gguf_files
 
 from kobold_sp_plugin import SoftPrompt, attach
-from kobold_sp_plugin.engines import GenerationSettings
+from kobold_sp_plugin.engines import GenerationSettings, Tokenizing
 from kobold_sp_plugin.engines.llama_bindings import Decoder, library
 from kobold_sp_plugin.engines.llama_cpp import LlamaCppEngine
 from kobold_sp_plugin.errors import ContextExceeded, ModelError, NoModel, WidthMismatch
 from kobold_sp_plugin.export import lora, model_copy, slot
 from kobold_sp_plugin.session import Session
+from kobold_sp_plugin.soft_tokens.text import tokenised, without_soft_tokens
+from kobold_sp_plugin.softprompt import TaggedText
 
 pytestmark = pytest.mark.llama_cpp
 
@@ -149,6 +151,61 @@ def test_a_saved_state_stands_for_the_rows(pair, tmp_path):
             decoder.close()
 
 
+class TestSoftPromptsInText:
+    """What stands in the text is read there, as transformers reads it."""
+
+    NOIR, SEA = softprompt(4, 6), softprompt(5, 9, order="after_bos")
+
+    def expected(self, pair, parts, length=20):
+        """Of transformers, from the same ids: those of the words, and soft tokens between them."""
+        decoder, handle = pair.engine._decoder, attach(pair.model)
+        ids = [1]
+        for part in parts:
+            ids += tokenised(part, lambda text: decoder.ids_of(text, begin=False))
+        made = torch.tensor([ids])
+        with torch.no_grad(), handle.override([]):
+            made = pair.model.generate(made, attention_mask=made >= 0, max_new_tokens=length, do_sample=False)
+        text_of = decoder.text_of
+        before = without_soft_tokens(ids)
+        return text_of(without_soft_tokens(made[0].tolist()))[len(text_of(before)) :]
+
+    def test_in_the_middle_and_at_the_end(self, pair):
+        for text, parts in [
+            ("The door " + self.NOIR + " opened and", ["The door ", self.NOIR, "opened and"]),
+            ("The" + self.NOIR + self.SEA + "door" + self.NOIR, ["The", self.NOIR, self.SEA, "door", self.NOIR]),
+        ]:
+            expected = self.expected(pair, parts)
+            assert text_of(pair.engine, prompt=text) == expected
+            assert text_of(pair.engine, prompt=text) == expected, "once more, with the story known"
+
+    def test_in_front_it_is_as_one_that_is_selected(self, llama):
+        for stack in ([self.NOIR], [self.SEA], [self.NOIR, self.SEA]):
+            text = TaggedText([*stack, PROMPT])
+            expected = text_of(llama.engine, stack)
+            assert text_of(llama.engine, prompt=text) == expected != text_of(llama.engine)
+            assert text_of(llama.engine, memory=TaggedText(stack)) == expected
+        assert text_of(llama.engine, [self.SEA], self.NOIR + PROMPT) == text_of(llama.engine, [self.SEA, self.NOIR])
+
+    def test_a_story_that_goes_on_is_not_read_again(self, llama, monkeypatch):
+        rows, read = [], Decoder.read_rows
+        monkeypatch.setattr(Decoder, "read_rows", lambda *given: (rows.append(len(given[1])), read(*given)))
+        text = "The rain " + self.NOIR + "was in the door"
+        text_of(llama.engine, prompt=text, max_length=1)
+        text_of(llama.engine, prompt=text + " and he said", max_length=1)
+        assert rows == [6]
+
+    def test_the_oldest_text_goes_and_the_soft_prompt_stays(self, llama, monkeypatch):
+        rows, read = [], Decoder.read_rows
+        monkeypatch.setattr(Decoder, "read_rows", lambda *given: (rows.append(len(given[1])), read(*given)))
+        long = "The rain was in the door. " * 60
+        assert text_of(llama.engine, prompt=long + self.NOIR + long, max_length=5)
+        assert rows == [6]
+
+    def test_another_width_is_refused(self, llama):
+        with pytest.raises(WidthMismatch):
+            text_of(llama.engine, prompt="The " + SoftPrompt(np.zeros((1, 8), np.float32)) + "door")
+
+
 class TestEngine:
     def test_the_rows_are_read_once(self, llama, monkeypatch):
         rows = []
@@ -209,6 +266,45 @@ class TestEngine:
         with pytest.raises(WidthMismatch):
             llama.engine.select([SoftPrompt(np.zeros((1, 8), np.float32))])
         assert text_of(llama.engine, [softprompt()], "the rain " * 1000, max_length=5), "the end of a long story"
+
+    def test_how_it_ended_and_the_stop_sequence_that_is_kept(self, llama):
+        def ending(**settings):
+            pieces, text = (
+                llama.engine.generate(GenerationSettings(PROMPT, **{**GREEDY, **settings}), [softprompt()]),
+                "",
+            )
+            while True:
+                try:
+                    text += next(pieces)
+                except StopIteration as end:
+                    return text, end.value
+
+        whole, ended = ending()
+        assert ended == ("length", len(llama.ids), 20)
+        text, ended = ending(stop_sequence=(whole[8:10],), keep_stop=True)
+        assert text == whole[: whole.index(whole[8:10]) + 2]
+        assert ended.reason == "stop" and ended.n_new < 20
+
+    def test_a_server_can_count_and_converse(self, llama, tmp_path):
+        assert isinstance(llama.engine, Tokenizing)
+        assert llama.engine.token_ids(PROMPT) == llama.ids
+        assert len(llama.engine.token_ids(softprompt() + PROMPT)) == 37 + len(llama.ids)
+        messages = [{"role": "user", "content": "The door"}]
+        assert llama.engine.chat_prompt(messages) is None
+        template = "{{ bos_token }}{% for each in messages %}{{ each.role }}: {{ each.content }}\n{% endfor %}said"
+        path = gguf_files.write(llama.model, tmp_path / "chat.gguf", template=template)
+        engine = LlamaCppEngine(path)
+        try:
+            assert engine.chat_prompt(messages) == "user: The door\nsaid"
+            assert engine.token_ids(engine.chat_prompt(messages)).count(1) == 1
+        finally:
+            engine.close()
+        refusing = gguf_files.write(llama.model, tmp_path / "no.gguf", template="{{ raise_exception('no') }}")
+        engine = LlamaCppEngine(refusing)
+        try:
+            assert engine.chat_prompt(messages) is None
+        finally:
+            engine.close()
 
     def test_an_effect(self, llama):
         effect = llama.engine.effect([softprompt()])

@@ -13,7 +13,7 @@ pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 import gguf_files
 
 from kobold_sp_plugin import SoftPrompt
-from kobold_sp_plugin.engines import GenerationSettings
+from kobold_sp_plugin.engines import GenerationSettings, Tokenizing
 from kobold_sp_plugin.engines.llama_cpp import LlamaCppEngine
 from kobold_sp_plugin.engines.llama_server import LlamaServerEngine
 from kobold_sp_plugin.errors import (
@@ -21,6 +21,7 @@ from kobold_sp_plugin.errors import (
     EngineUnreachable,
     SoftPromptNotRead,
     UnknownSoftPrompt,
+    UnsupportedCall,
     WrongModel,
 )
 from kobold_sp_plugin.server.generation_queue import GenerationQueue
@@ -95,6 +96,37 @@ def test_text_and_effect_are_those_of_the_engine_in_process(server):
     for stack in [*stacks, *reversed(stacks)]:
         assert text_of(engine, stack) == text_of(own, stack)
     assert engine.effect([softprompt()]) == pytest.approx(own.effect([softprompt()]), abs=1e-2)
+    own.close()
+
+
+def test_soft_prompts_in_the_text(llama):
+    engine = llama.engine()
+    expected = text_of(engine, [softprompt()])
+    assert text_of(engine, prompt=softprompt() + "The door opened and") == expected
+    assert text_of(engine, memory=softprompt() + "") == expected
+    with pytest.raises(UnsupportedCall, match="in front of a text only"):
+        text_of(engine, prompt="The door " + softprompt() + "opened and")
+
+
+def test_how_it_ended_and_what_it_counts(llama):
+    engine, own = llama.engine(), LlamaCppEngine(llama.model, cache_type="f32")
+    assert isinstance(engine, Tokenizing)
+    for text in ("The door", "", softprompt() + "The door"):
+        assert engine.token_ids(text) == own.token_ids(text)
+    assert engine.chat_prompt([{"role": "user", "content": "The door"}]) is None
+    whole = text_of(engine, [softprompt()])
+    for settings in ({}, {"stop_sequence": (whole[8:10],)}, {"stop_sequence": (whole[8:10],), "keep_stop": True}):
+        told = []
+        for each in (engine, own):
+            settings = {"temperature": 0.0, "max_length": 20, **settings}
+            pieces, text = each.generate(GenerationSettings("The door opened and", **settings), [softprompt()]), ""
+            while True:
+                try:
+                    text += next(pieces)
+                except StopIteration as end:
+                    told.append((text, end.value.reason, end.value.n_prompt))
+                    break
+        assert told[0] == told[1]
     own.close()
 
 
@@ -173,7 +205,7 @@ def test_a_server_that_is_down_is_an_error_and_the_session_goes_on(llama, tmp_pa
         server.close()
         failed = queue.submit(engine, GenerationSettings("The door"), session.softprompts)
         assert failed.finished.wait(20)
-        assert isinstance(failed.error, EngineUnreachable) and "Is llama-server running?" in str(failed.error)
+        assert isinstance(failed.error, EngineUnreachable) and "No answer from" in str(failed.error)
         assert session.selection == ("noir.zip",)
         session.select("")
         session.use(llama.engine())

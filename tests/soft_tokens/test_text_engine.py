@@ -6,6 +6,7 @@ from models import FAMILY, softprompt, tiny_model, tiny_tokenizer
 
 from kobold_sp_plugin import attach
 from kobold_sp_plugin.engines import GenerationSettings
+from kobold_sp_plugin.engines.fitting import fit
 from kobold_sp_plugin.engines.transformers import TransformersEngine
 from kobold_sp_plugin.errors import ContextExceeded
 from kobold_sp_plugin.soft_tokens.text import softprompts_in, with_softprompts, without_soft_tokens
@@ -48,7 +49,7 @@ def test_the_oldest_story_text_goes_and_never_a_soft_token(engine, memory, selec
     prompt = LONG + NOIR + LONG + SEA
     settings = GenerationSettings(prompt, memory, max_length=20)
     n_selected = sum(each.n_tokens for each in selected)
-    ids = engine._fit(settings, n_selected)
+    ids = fit(settings, n_selected, engine.context, engine._reader)
     room = engine.context - 20 - n_selected
     assert room - room // 8 < len(ids) <= room
     assert list(softprompts_in(torch.tensor(ids)).values()).count(NOIR) == 1
