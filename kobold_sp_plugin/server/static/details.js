@@ -12,11 +12,13 @@ const MOST_ROWS = 300;
 
 let filename = null; // whose details are shown
 let found = null; // what the server told of it
-let renaming = false; // the server was asked to, and may tell of the new name before it answers
+let renaming = false; // the server was asked to, and may tell of the new name before it answers, or after that
+let renamedTo = false; // what the server has answered, and not yet told of
 let shownFor = ""; // the entry that it told it for: another one, and it is asked again
 
 export function showDetails(of) {
   filename = of;
+  renaming = renamedTo = false;
   shownFor = "";
   byId("rename-form").hidden = true;
   byId("list").hidden = true;
@@ -30,6 +32,7 @@ function back() {
   const row = [...document.querySelectorAll("#rows > .row")].find((each) => each.dataset.filename === filename);
   const hadFocus = byId("details").contains(document.activeElement);
   filename = found = null;
+  renaming = renamedTo = false;
   byId("details").hidden = true;
   byId("list").hidden = false;
   if (hadFocus) (row || byId("search")).focus();
@@ -139,6 +142,7 @@ function draw() {
   if (filename === null || !state.server) return;
   const entry = entryOf(filename);
   if (!entry) return renaming || back(); // it is gone, and the list says so
+  if (entry.filename === renamedTo) renaming = renamedTo = false;
   const inUse = wanted().includes(filename);
   byId("details-title").textContent = entry.name;
   const tokens = entry.n_tokens ? plural(entry.n_tokens, "token") : "";
@@ -202,14 +206,13 @@ byId("rename-form").addEventListener("submit", async (event) => {
     renaming = true;
     try {
       const renamed = await ask("PATCH", filePath(filename), changes);
-      filename = renamed.filename;
+      filename = renamedTo = renamed.filename;
       if (renamed.filename !== to) say(`The file is named ${renamed.filename}.`);
     } catch (error) {
+      renaming = false;
       byId("rename-error").textContent = error.message;
       byId("rename-error").hidden = false;
       return;
-    } finally {
-      renaming = false;
     }
   }
   endRename();
