@@ -210,6 +210,7 @@ class TestTrain:
         assert f"Going on from step {step} of 400" in answer.stderr
         assert json.loads(answer.stdout)["resumed_at"] == step
 
+    @pytest.mark.slow
     @pytest.mark.timeout(180)  # several processes, each of which imports torch
     def test_killed_at_any_moment_it_goes_on_to_the_same_rows(self, here, model_folder):
         arguments = ("train", "--data", "texts", "--model", model_folder, "--steps", 150, *QUICK)

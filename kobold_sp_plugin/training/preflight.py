@@ -340,7 +340,7 @@ def _needed(
     layers, columns = (next((each for each in some if isinstance(each, int)), 32) for some in (number, width))
     value = 2.0 if per_weight <= 2 else 4.0
     row = settings.block + settings.n_tokens
-    tokens = settings.batch_tokens or (row if is_gpu else 2048)
+    tokens = settings.batch_tokens or (row if is_gpu else 1024)
     kept = tokens * layers * columns * value * (1 if settings.checkpoint_layers else 24)
     if settings.checkpoint_layers:
         kept += tokens * columns * value * 24

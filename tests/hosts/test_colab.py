@@ -42,6 +42,7 @@ def test_it_holds_no_outputs():
     assert all(not cell.get("outputs") and cell.get("execution_count") is None for cell in CELLS)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)  # its commands each begin with an import of all that training needs
 def test_from_a_folder_of_texts_to_a_soft_prompt_and_a_report(tmp_path):
     drive = tmp_path / "MyDrive"

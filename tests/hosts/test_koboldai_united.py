@@ -394,6 +394,7 @@ class TestBackends:
 
     def test_a_load_that_ends_in_the_middle_of_another_tells_nothing(self, host, monkeypatch):
         """The host begins its first load by itself, and a user who is quick loads another model meanwhile."""
+        host.session.use(None)  # nothing is loaded yet
         first_may_end, told = threading.Event(), []
         monkeypatch.setattr(host["model_backends"]["Read Only"], "_load", lambda: first_may_end.wait(20))
         first = threading.Thread(target=host["load_model"], args=("Read Only",))
@@ -489,6 +490,7 @@ class TestTraining:
         host["spRequest"](entry["filename"])
         assert host.text() != texts[""]
 
+    @pytest.mark.slow
     @pytest.mark.timeout(400)
     def test_it_can_be_cancelled_and_gone_on_with(self, host, page, place, form):
         file = place / "texts" / "a.txt"

@@ -68,6 +68,7 @@ processes.leave()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_rows_of_one_also_when_they_are_interrupted(tmp_path):
     settings = Settings(
         n_tokens=4, steps=12, block=32, batch_tokens=200, evaluate_every=3, learning_rate=0.1, accumulate=2
