@@ -149,7 +149,7 @@ class Engine(Protocol):
         settings: GenerationSettings,
         softprompts: Optional[Sequence[SoftPrompt]] = None,
         stop: Optional[threading.Event] = None,
-    ) -> Generator[str, None, Optional[Ending]]:
+    ) -> Generator[str, None, Ending]:
         """Text, piece by piece, with these soft prompts instead of the selection unless None.
 
         Closing the iterator, or setting ``stop``, ends the generation within one token.

@@ -27,6 +27,7 @@ from ..errors import (
 )
 from ..formats import torch_file
 from ..formats.archive import write_members
+from ..soft_tokens.text import runs_of, without_soft_tokens
 from ..softprompt import Order, SoftPrompt
 from . import GREEDY_BELOW, Ending, GenerationSettings
 from .remote import Remote
@@ -111,7 +112,8 @@ class VllmServer(VllmModel):
 
         Closing the iterator or setting ``stop`` ends it on the server too. KoboldAI's samplers that vLLM does not
         have (top-a, tail-free, typical, the slope and range of the repetition penalty, an order) are left out.
-        Raises :class:`ContextExceeded`, or from the iterator an :class:`EngineError`.
+        Soft prompts that stand in the text itself (:class:`TaggedText`) are read there. Raises
+        :class:`ContextExceeded`, or from the iterator an :class:`EngineError`.
         """
         chosen = self._selected if softprompts is None else tuple(softprompts)
         return self._pieces(self._prompt(settings, chosen), settings, stop or threading.Event())
@@ -150,20 +152,32 @@ class VllmServer(VllmModel):
 
     def _prompt(self, settings: GenerationSettings, softprompts: Sequence[SoftPrompt]) -> "_Prompt":
         """The request for this text behind these soft prompts, cut to what the context has room for."""
-        n_soft = sum(each.n_tokens for each in softprompts)
-        start, text, ids = self._fit(settings, n_soft)
-        if not softprompts:
-            return _Prompt("/v1/completions", {"model": self._id, "prompt": ids}, len(ids))
+        settings, softprompts, ids = self._fitted(settings, softprompts)
+        n_text = len(without_soft_tokens(ids))
+        if not softprompts and n_text == len(ids):
+            return _Prompt("/v1/completions", {"model": self._id, "prompt": ids}, n_text)
         before = [each for each in softprompts if each.order is Order.BEFORE_BOS]
         after = [each for each in softprompts if each.order is Order.AFTER_BOS]
+        begins = self._reader.begins(ids)
         if self._matrix is None:
-            texts = [*map(self._part_of, before), start, *map(self._part_of, after), text]
-            return _Prompt("/v1/chat/completions", self._chat([each for each in texts if each]), len(ids))
-        begins = self._tokenizer.bos_token_id is not None and ids[:1] == [self._tokenizer.bos_token_id]
-        words = self._matrix.rows(np.array(ids)) * np.float32(self._matrix.scale or 1.0)
-        rows = [*map(self._rows_of, before), words[:begins], *map(self._rows_of, after), words[begins:]]
+            start = [str(self._tokenizer.bos_token)] if begins else []
+            texts = self._reader.written(settings, ids, is_first=not (softprompts or begins))
+            contents = [
+                self._part_of(each) if isinstance(each, SoftPrompt) else each
+                for each in (*before, *start, *after, *texts)
+            ]
+            return _Prompt("/v1/chat/completions", self._chat(contents), n_text)
+        rows = [*map(self._rows_of, before), self._words(ids[:begins]), *map(self._rows_of, after)]
+        for run, softprompt, _ in runs_of(ids[begins:]):
+            rows.append(self._words(run) if softprompt is None else self._rows_of(softprompt))
         body = {"model": self._id, "prompt_embeds": _encode(np.concatenate(rows)), "return_token_ids": True}
-        return _Prompt("/v1/completions", body, len(ids), loses_space=True)
+        return _Prompt("/v1/completions", body, n_text, loses_space=True)
+
+    def _words(self, ids: Sequence[int]) -> np.ndarray:
+        """Rows of the model's own matrix, as they leave the embedding module."""
+        matrix = self._matrix
+        assert matrix is not None
+        return matrix.rows(np.array(ids, dtype=np.int64)) * np.float32(matrix.scale or 1.0)
 
     def _chat(self, contents: Sequence[Any]) -> Dict[str, Any]:
         return {

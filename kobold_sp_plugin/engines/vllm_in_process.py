@@ -8,6 +8,7 @@ from typing import Any, Dict, Generator, Iterator, List, Optional, Sequence
 import torch
 
 from ..errors import UnsupportedModel
+from ..soft_tokens.text import runs_of, without_soft_tokens
 from ..softprompt import Order, SoftPrompt
 from . import Ending, GenerationSettings
 from .vllm import sampling
@@ -32,7 +33,7 @@ class VllmInProcess(VllmModel):
     def _next_tokens(self, probe: str, softprompts: Sequence[SoftPrompt]) -> Dict[str, float]:
         """Probabilities of the likeliest next tokens."""
         body = {"max_tokens": 1, "temperature": 0, "logprobs": TOP}
-        prompt = self._prompt(self._fit(GenerationSettings(probe, max_length=1), 0)[2], softprompts)
+        prompt = self._prompt(self._reader.ids(probe), softprompts)
         for output in self._outputs(prompt, body, threading.Event()):
             return {str(token): math.exp(each.logprob) for token, each in output.logprobs[0].items()}
         return {}
@@ -46,13 +47,12 @@ class VllmInProcess(VllmModel):
         """Text, piece by piece, with these soft prompts in place of the selection unless None.
 
         Closing the iterator or setting ``stop`` ends it within one token. Samplers as :meth:`VllmServer.generate`
-        has them. Raises :class:`ContextExceeded`.
+        has them. Soft prompts that stand in the text itself (:class:`TaggedText`) are read there. Raises
+        :class:`ContextExceeded`.
         """
-        chosen = self._selected if softprompts is None else tuple(softprompts)
-        for each in chosen:
-            self._rows_of(each)  # a width that is wrong ends the engine: it is found out here
-        ids = self._fit(settings, sum(each.n_tokens for each in chosen))[2]
-        return self._pieces(self._prompt(ids, chosen), len(ids), settings, stop or threading.Event())
+        settings, chosen, ids = self._fitted(settings, self._selected if softprompts is None else softprompts)
+        n_text = len(without_soft_tokens(ids))
+        return self._pieces(self._prompt(ids, chosen), n_text, settings, stop or threading.Event())
 
     def _pieces(
         self, prompt: Dict[str, Any], n_text: int, settings: GenerationSettings, stop: threading.Event
@@ -94,21 +94,20 @@ class VllmInProcess(VllmModel):
         The prefix cache of vLLM goes by ids and rows, and not by which of them count (its issue 56655): with a
         placeholder of its own nothing else can ever look the same, and no penalty falls on a real token.
         """
-        if not softprompts:
+        if not softprompts and len(without_soft_tokens(ids)) == len(ids):
             return {"prompt_token_ids": ids}
         before = [each for each in softprompts if each.order is Order.BEFORE_BOS]
         after = [each for each in softprompts if each.order is Order.AFTER_BOS]
-        begins = self._tokenizer.bos_token_id is not None and ids[:1] == [self._tokenizer.bos_token_id]
+        begins = self._reader.begins(ids)
         all_ids: List[int] = []
         rows: List[torch.Tensor] = []
-        for part in (before, ids[:begins], after, ids[begins:]):
-            for each in part:
-                if isinstance(each, SoftPrompt):
-                    all_ids += [self._placeholder] * each.n_tokens
-                    rows.append(torch.tensor(self._rows_of(each)))
-                else:
-                    all_ids.append(each)
-                    rows.append(torch.zeros(1, self._width))
+        for part in (*before, ids[:begins], *after, *(each or run for run, each, _ in runs_of(ids[begins:]))):
+            if isinstance(part, SoftPrompt):
+                all_ids += [self._placeholder] * part.n_tokens
+                rows.append(torch.tensor(self._rows_of(part)))
+            else:
+                all_ids += part
+                rows.append(torch.zeros(len(part), self._width))
         return {
             "prompt_token_ids": all_ids,
             "prompt_embeds": torch.cat(rows),

@@ -1,16 +1,18 @@
 """What the two ways to vLLM share: the model's facts, its tokenizer, the text that fits, rows as vLLM takes them."""
 
-import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
 from ..compatibility import ModelFacts, facts
-from ..errors import ContextExceeded, ModelError, SoftPromptError, UnknownScale, WidthMismatch
-from ..softprompt import Scale, SoftPrompt
+from ..errors import ModelError, SoftPromptError, UnknownScale, WidthMismatch
+from ..softprompt import Scale, SoftPrompt, TaggedText
 from . import PROBES, Effect, GenerationSettings
+from .effects import effect_of_likeliest
+from .fitting import fit, in_front
+from .tokenizer import Tokenizer
 
 TOP = 20
 """Likeliest tokens that vLLM tells of where nothing else was configured."""
@@ -27,6 +29,7 @@ class VllmModel:
         self.name = Path(path).resolve().name if Path(path).is_dir() else path
         self._path = path
         self._tokenizer = tokenizer
+        self._reader = Tokenizer(tokenizer, self.name)
         known = facts(path if Path(path).is_dir() else config, self.name)
         if known.width is None:
             raise ModelError(f"{path} does not tell how wide its embedding is.")
@@ -65,48 +68,31 @@ class VllmModel:
         figure is at least this.
         """
         without = [self._next_tokens(probe, ()) for probe in PROBES]
-        having = [self._next_tokens(probe, softprompts) for probe in PROBES]
-        return Effect(
-            min(1.0, _mean(_distance(one, other) for one, other in zip(having, without))),
-            _mean(map(_entropy, having)),
-            _mean(map(_entropy, without)),
-            _mean(_distance(one, other) for one in having for other in having),
-            _mean(_distance(one, other) for one in without for other in without),
-        )
+        return effect_of_likeliest(without, [self._next_tokens(probe, softprompts) for probe in PROBES])
+
+    def token_ids(self, text: str) -> List[int]:
+        """The ids that the model would read for a text."""
+        return self._reader.ids(text)
+
+    def chat_prompt(self, messages: Sequence[Dict[str, Any]]) -> Optional[str]:
+        """A conversation as the tokenizer's template writes it; None where it has none, or not for these messages."""
+        return self._reader.chat_prompt(messages)
 
     def _next_tokens(self, probe: str, softprompts: Sequence[SoftPrompt]) -> Dict[str, float]:
         """Probabilities of the likeliest next tokens."""
         raise NotImplementedError
 
-    def _fit(self, settings: GenerationSettings, n_soft: int) -> Tuple[str, str, List[int]]:
-        """What a text begins with, the text, as much of the story's end as there is room for, and the ids of both."""
-        beginning = list(self._tokenizer("")["input_ids"])
-        bos = self._tokenizer.bos_token_id
-        beginning = beginning[:1] if bos is not None and beginning[:1] == [bos] else []
-        start = self._tokenizer.bos_token if beginning else ""
+    def _fitted(
+        self, settings: GenerationSettings, softprompts: Sequence[SoftPrompt]
+    ) -> Tuple[GenerationSettings, Tuple[SoftPrompt, ...], List[int]]:
+        """The settings and soft prompts with those of the text's beginning among the latter, and the ids that fit.
 
-        def ids_of(text: str) -> List[int]:
-            return beginning + list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-
-        story = settings.prompt
-        ids = ids_of(settings.memory + story)
-        limits = [limit for limit in (self.context, settings.max_context_length) if limit is not None]
-        if limits:
-            room = min(limits) - n_soft - settings.max_length
-            if len(ids_of(settings.memory)) >= room:
-                soft = f"{n_soft} of soft prompts and " if n_soft else ""
-                raise ContextExceeded(
-                    f"A context of {min(limits)} tokens has no room for the story beside {soft}{settings.max_length} "
-                    "of new text."
-                )
-            while len(ids) > room:  # the end of a text, alone, may have a token more than it had in the whole
-                places = self._tokenizer(story, add_special_tokens=False, return_offsets_mapping=True)
-                begins = [start for start, _ in places["offset_mapping"]]
-                story = story[begins[min(len(ids) - room, len(begins) - 1)] or 1 :]
-                ids = ids_of(settings.memory + story)
-        if not ids:
-            raise ModelError(f"{self.name} has no token that a text can begin with; the prompt must not be empty.")
-        return start, settings.memory + story, ids
+        Raises :class:`ContextExceeded`, or what is wrong with a soft prompt.
+        """
+        settings, chosen = in_front(settings, softprompts)
+        for each in (*chosen, *TaggedText((settings.memory, settings.prompt)).softprompts):
+            self._rows_of(each)  # a width that is wrong ends the engine: it is found out here
+        return settings, chosen, fit(settings, sum(each.n_tokens for each in chosen), self.context, self._reader)
 
     def _rows_of(self, softprompt: SoftPrompt) -> np.ndarray:
         """Its rows as they leave the embedding module, which is what the server takes."""
@@ -129,20 +115,3 @@ class VllmModel:
                 f"rows as they stand in the matrix, and {self.name}'s scale is not known ({error})",
                 "rows as they leave the embedding module",
             ) from error
-
-
-def _distance(one: Dict[str, float], other: Dict[str, float]) -> float:
-    """Total variation, with all tokens that are not named in either as one."""
-    named = {*one, *other}
-    rest = abs(sum(one.values()) - sum(other.values()))
-    return (sum(abs(one.get(each, 0.0) - other.get(each, 0.0)) for each in named) + rest) / 2
-
-
-def _entropy(distribution: Dict[str, float]) -> float:
-    rest = max(0.0, 1.0 - sum(distribution.values()))
-    return -sum(each * math.log(each) for each in (*distribution.values(), rest) if each > 0)
-
-
-def _mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values)

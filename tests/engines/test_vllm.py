@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from kobold_sp_plugin import SoftPrompt
-from kobold_sp_plugin.engines import GenerationSettings
+from kobold_sp_plugin.engines import GenerationSettings, Tokenizing
 from kobold_sp_plugin.engines.transformers import TransformersEngine
 from kobold_sp_plugin.engines.vllm import VllmServer
 from kobold_sp_plugin.errors import ContextExceeded, EngineRefused, EngineUnreachable, WidthMismatch, WrongModel
@@ -96,6 +96,7 @@ def server(folder, log, *more):
         process.wait(60)
 
 
+INSIDE = softprompt(5, 6, 128)
 SOFT = {
     "none": [],
     "before": [softprompt(1, 37, 128)],
@@ -104,7 +105,10 @@ SOFT = {
 }
 SETTINGS = {
     "greedy": GenerationSettings("The door opened and", max_length=16, temperature=0),
-    "cut": GenerationSettings("The clock on the wall. " * 40, memory="Nobody said.", max_length=16, temperature=0),
+    # Of words that are one token each: as text, a story cannot begin within a word.
+    "cut": GenerationSettings(" the the the" * 100, memory="Nobody said.", max_length=16, temperature=0),
+    "inside": GenerationSettings("The door" + INSIDE + " opened and", max_length=16, temperature=0),
+    "in front": GenerationSettings(INSIDE + "The door", max_length=16, temperature=0),
     "stop": GenerationSettings("and", max_length=24, temperature=0, rep_pen=1.3, stop_sequence=("O",)),
     "empty": GenerationSettings("", max_length=8, temperature=0),
 }
@@ -140,6 +144,7 @@ def test_a_server_writes_what_transformers_writes(family, tmp_path, trusted):
     with server(folder, tmp_path / "log", *flags) as (url, process):
         vllm = VllmServer(url, str(folder))
         assert (vllm._matrix is None) is trusted
+        assert isinstance(vllm, Tokenizing)
         written = {
             f"{soft} {case}": "".join(vllm.generate(settings, SOFT[soft]))
             for soft in SOFT

@@ -11,7 +11,7 @@ from kobold_sp_plugin.engines.transformers import TransformersEngine
 from kobold_sp_plugin.errors import ContextExceeded
 from kobold_sp_plugin.soft_tokens.text import softprompts_in, with_softprompts, without_soft_tokens
 
-NOIR, SEA = softprompt(1, 5, name="noir"), softprompt(2, 9, name="sea")
+NOIR, SEA = softprompt(1, 5, name="dark"), softprompt(2, 9, name="deep")
 LONG = "The door opened and the rain came in. " * 8
 
 

@@ -12,10 +12,10 @@ from typing import (
     Callable,
     ClassVar,
     Dict,
-    Generator,
     Iterator,
     List,
     NamedTuple,
+    NoReturn,
     Optional,
     Sequence,
     Tuple,
@@ -86,7 +86,7 @@ class Elsewhere:
         """None of them has any."""
         return 0.0
 
-    def generate(self, *args: Any, **kwargs: Any) -> Generator[str, None, None]:
+    def generate(self, *args: Any, **kwargs: Any) -> NoReturn:
         """The host generates by itself."""
         raise NoModel(str(self._facts.refusal))
 
