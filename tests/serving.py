@@ -3,12 +3,16 @@
 import http.client
 import json
 import queue
+import re
 import time
 from contextlib import contextmanager
 
 import socketio
 
 GREEDY = {"prompt": "The door opened and", "max_length": 20, "top_k": 1}
+
+LITE = re.compile(r"^event: (.*)\ndata: (.*)(\r?\n){2}", re.MULTILINE)
+"""The expression that KoboldAI Lite takes a stream apart with."""
 
 
 class Answer:
@@ -43,6 +47,17 @@ def asking(server):
             connection.close()
 
     return ask
+
+
+def as_lite_reads(body):
+    """(event, data) of each event; nothing may be left over."""
+    text, events = body.decode(), []
+    while match := LITE.search(text):
+        assert match.start() == 0, "Lite would drop what stands before"
+        events.append((match.group(1), json.loads(match.group(2))))
+        text = text[match.end() :]
+    assert text == ""
+    return events
 
 
 @contextmanager

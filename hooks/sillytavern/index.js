@@ -210,7 +210,7 @@ function render() {
 
   const names = characters();
   if (!names.includes(state.who)) state.who = "";
-  const now = JSON.stringify([state.server, state.characters, state.who, names]);
+  const now = JSON.stringify([state.server?.entries, state.server && chosen(), state.who, names]);
   if (now === shown) return;
   shown = now;
   const focused = document.activeElement?.dataset.key;

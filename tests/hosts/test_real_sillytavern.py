@@ -43,6 +43,7 @@ ARGUMENTS = [
     "--disable-sync",
 ]
 START_SECONDS = 90
+GENERATING = ("/api/v1/generate", "/api/extra/generate/stream", "/v1/completions")
 HOSTILE = "<img src=x onerror=\"window.hacked = 'name'\">"
 
 
@@ -105,6 +106,11 @@ class Host:
     def _note(self):
         self.requests.append((request.method, request.path, request.get_json(silent=True, force=True), request.headers))
 
+    @property
+    def n_texts(self):
+        """How many texts were asked for."""
+        return sum(path in GENERATING for _, path, _, _ in self.requests)
+
     def asked(self, path):
         """The last request for a path: (its fields, its headers), or None."""
         return next(((fields, headers) for _, at, fields, headers in reversed(self.requests) if at == path), None)
@@ -132,8 +138,8 @@ def host(tavern, tmp_path_factory):
 class Tavern:
     """What a user does in SillyTavern."""
 
-    def __init__(self, page, address):
-        self.page = page
+    def __init__(self, page, address, host):
+        self.page, self.host = page, host
         page.goto(address)
         page.wait_for_selector("#soft_prompts", state="attached", timeout=1000 * START_SECONDS)
         page.locator(".popup-button-ok:visible").first.click()
@@ -177,6 +183,7 @@ class Tavern:
             self.page.fill("#character_name_pole", name)
             self.page.fill("#firstmessage_textarea", first_message)
             self.page.click("#create_button_label")
+            self.page.locator(".character_select", has_text=name).click()
             self.page.locator("#chat .mes", has_text=first_message).first.wait_for()
 
     def send(self, text):
@@ -184,13 +191,17 @@ class Tavern:
         self.page.click("#send_but")
 
     def regenerate(self):
+        """The character's last text once more, from when it is asked for."""
+        before = self.host.n_texts
         self.page.click("#options_button")
         self.page.click("#option_regenerate")
+        eventually(lambda: self.host.n_texts > before)
 
     def answer(self):
         """The character's last text, when it has ended."""
-        self.page.wait_for_timeout(300)  # until the request has begun
+        eventually(lambda: len(self.host.server.queue) == 0, 30)
         self.page.wait_for_selector("#mes_stop", state="hidden")
+        self.page.wait_for_timeout(500)  # it is drawn once more when it has come whole
         return self.text()
 
     def begun(self):
@@ -220,7 +231,7 @@ class Tavern:
 
 @pytest.fixture(scope="module")
 def user(page, tavern, host):
-    user = Tavern(page, tavern)
+    user = Tavern(page, tavern, host)
     user.make_character("Rita", "The door opened and the rain came in.")
     return user
 

@@ -1,28 +1,11 @@
 """What KoboldCpp added, as KoboldAI Lite and SillyTavern send and read it."""
 
-import json
-import re
 import threading
 
 import pytest
-from serving import GREEDY, asking, counting, eventually, reading, slowly
+from serving import GREEDY, as_lite_reads, asking, counting, eventually, reading, slowly
 
 from kobold_sp_plugin.server.app import Server
-
-LITE = re.compile(r"^event: (.*)\ndata: (.*)(\r?\n){2}", re.MULTILINE)
-"""The expression that KoboldAI Lite takes a stream apart with."""
-
-
-def as_lite_reads(body):
-    """(event, data) of each event; nothing may be left over."""
-    text, events = body.decode(), []
-    while match := LITE.search(text):
-        assert match.start() == 0, "Lite would drop what stands before"
-        events.append((match.group(1), json.loads(match.group(2))))
-        text = text[match.end() :]
-    assert text == ""
-    return events
-
 
 LITES_REQUEST = {
     "n": 1,
