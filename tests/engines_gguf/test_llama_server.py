@@ -5,6 +5,7 @@ import socket
 import subprocess
 import threading
 import time
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -146,6 +147,24 @@ def test_the_state_is_restored_when_it_is_not_there_any_more(llama, monkeypatch)
     text_of(other, prompt="Somebody else came in")
     assert text_of(engine, [softprompt()]) == expected
     assert "/slots/0?action=restore" in paths
+
+
+def test_what_is_stopped_before_its_first_word_proves_nothing(llama, monkeypatch):
+    engine = llama.engine()
+    expected = text_of(engine, [softprompt()])
+    text_of(llama.engine(), prompt="Somebody else came in")
+    complete = engine._completion
+
+    def stopped(body, stop):  # the server has read the ids, as ordinary tokens, when the client goes
+        with closing(complete(body, stop)) as parts:
+            next(parts)
+        stop.set()
+        yield from ()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "_completion", stopped)
+        assert text_of(engine, [softprompt()]) == ""
+    assert text_of(engine, [softprompt()]) == expected
 
 
 def test_an_answer_without_the_soft_prompt_is_never_shown(llama, monkeypatch):
