@@ -228,6 +228,8 @@ _NEW_TOKENS = number(whole=True, least=1, most=LONGEST_TEXT)
 _N = number(whole=True, least=1, most=MOST_AT_ONCE)
 _PENALTY = number(least=-100, most=100)
 
+_TAGS = "a soft prompt is read where `<softprompt:NAME>` stands in it."
+
 _OURS = {
     "soft_prompt": Field(
         FILE_NAMES,
@@ -235,12 +237,12 @@ _OURS = {
         "Where it is missing: what the character has, else what is selected.",
     ),
     "character": Field(TEXT, "Who speaks next: the soft prompts that are kept for this name are used."),
-    "memory": Field(TEXT, "Stands before the prompt and is never cut (KoboldCpp).", "memory"),
+    "memory": Field(TEXT, f"Stands before the prompt and is never cut (KoboldCpp); {_TAGS}", "memory"),
     "genkey": Field(TEXT, "A key by which the text can be asked for and stopped (KoboldCpp)."),
 }
 
 GENERATION: Dict[str, Field] = {
-    "prompt": Field(TEXT, "The text to continue.", "prompt", required=True),
+    "prompt": Field(TEXT, f"The text to continue; {_TAGS}", "prompt", required=True),
     **_OURS,
     "max_length": Field(_NEW_TOKENS, "New tokens; fewer where the context has no room for them.", "max_length"),
     "max_context_length": Field(_POSITIVE, "Tokens in all, where fewer than the model has.", "max_context_length"),
@@ -317,7 +319,7 @@ _OPENAI: Dict[str, Field] = {
 """What ``/v1/completions`` and ``/v1/chat/completions`` share; later names go before earlier ones."""
 
 COMPLETION: Dict[str, Field] = {
-    "prompt": Field(PROMPTS, "The text to continue, or several.", required=True),
+    "prompt": Field(PROMPTS, f"The text to continue, or several; {_TAGS}", required=True),
     **_OPENAI,
     "echo": Field(FLAG, "The text with the prompt in front."),
 }
