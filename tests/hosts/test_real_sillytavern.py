@@ -15,13 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flask import request
+from hosts.noting_host import hosting
 from serving import eventually, slowly
 
 from kobold_sp_plugin import SoftPrompt
-from kobold_sp_plugin.cli.common import load_engine
-from kobold_sp_plugin.server.app import Server
-from kobold_sp_plugin.session import Session
 
 CHECKOUT = os.environ.get("KOBOLD_SP_SILLYTAVERN", "")
 pytestmark = [
@@ -43,7 +40,6 @@ ARGUMENTS = [
     "--disable-sync",
 ]
 START_SECONDS = 90
-GENERATING = ("/api/v1/generate", "/api/extra/generate/stream", "/v1/completions")
 HOSTILE = "<img src=x onerror=\"window.hacked = 'name'\">"
 
 
@@ -90,38 +86,6 @@ def tavern(tmp_path_factory):
     finally:
         process.terminate()
         process.wait(20)
-
-
-class Host:
-    """Our server with the demonstration model; it notes what it is asked for."""
-
-    def __init__(self, folder, origin):
-        engine, self.model = load_engine(None)
-        self.session = Session(folder, engine)
-        self.server = Server(self.session, port=0, origins=[origin] if origin else ())
-        self.requests = []
-        self.server.app.before_request(self._note)
-        self.url = self.server.url.rstrip("/")
-
-    def _note(self):
-        self.requests.append((request.method, request.path, request.get_json(silent=True, force=True), request.headers))
-
-    @property
-    def n_texts(self):
-        """How many texts were asked for."""
-        return sum(path in GENERATING for _, path, _, _ in self.requests)
-
-    def asked(self, path):
-        """The last request for a path: (its fields, its headers), or None."""
-        return next(((fields, headers) for _, at, fields, headers in reversed(self.requests) if at == path), None)
-
-
-@contextmanager
-def hosting(folder, origin):
-    host = Host(folder, origin)
-    with host.server:
-        yield host
-    host.session.close()
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +196,7 @@ class Tavern:
 @pytest.fixture(scope="module")
 def user(page, tavern, host):
     user = Tavern(page, tavern, host)
-    user.make_character("Rita", "The door opened and the rain came in.")
+    user.make_character("Ann", "The door opened and somebody came in.")
     return user
 
 
@@ -252,7 +216,7 @@ def choose(user, action):
 
 def test_connected_as_kobold_classic_a_story_streams(classic, host):
     with slowly(host.model, 0.05):
-        classic.send("The clock on the wall had stopped.")
+        classic.send("Who is there?")
         eventually(lambda: host.asked("/api/extra/generate/stream"))
         classic.begun()
         assert classic.page.locator("#mes_stop").is_visible(), "text is shown while it is written"
@@ -261,7 +225,7 @@ def test_connected_as_kobold_classic_a_story_streams(classic, host):
         whole = classic.answer()
     assert len(whole) > len(early)
     fields, _ = host.asked("/api/extra/generate/stream")
-    assert fields["prompt"].endswith("Rita:") and fields["max_length"] == 40
+    assert fields["prompt"].endswith("Ann:") and fields["max_length"] == 40
 
 
 def test_the_extension_lists_every_file_and_changes_what_is_written(classic, host):
@@ -333,13 +297,13 @@ def test_as_text_completion_with_a_soft_prompt_for_one_character(classic, host):
     user.regenerate()
     without = user.answer()
     fields, _ = host.asked("/v1/completions")
-    assert fields["character"] == "Rita" and fields["stream"] is True
+    assert fields["character"] == "Ann" and fields["stream"] is True
 
     def bind():
-        user.page.locator("#soft_prompts select").select_option("Rita")
+        user.page.locator("#soft_prompts select").select_option("Ann")
         user.row("pirate.zip").get_by_role("button").first.click()
-        assert user.light("^Rita: Pirate · 20 tokens$") == "on"
-        user.picture("pirate-for-rita")
+        assert user.light("^Ann: Pirate · 20 tokens$") == "on"
+        user.picture("pirate-for-ann")
 
     choose(user, bind)
     assert host.session.selection == ()
@@ -361,6 +325,16 @@ def test_as_text_completion_with_a_soft_prompt_for_one_character(classic, host):
         user.begun()
         user.page.click("#mes_stop")
         eventually(lambda: len(host.server.queue) == 0, 3)
+
+
+def test_a_tag_in_a_message_goes_through_as_it_is_written(classic, host):
+    before = host.n_texts
+    classic.send("<softprompt:space>And then?")
+    eventually(lambda: host.n_texts > before)
+    text = classic.answer()
+    fields, _ = host.asked("/v1/completions")
+    assert "User: <softprompt:space>And then?" in fields["prompt"]
+    assert len(text) > 5
 
 
 def test_a_server_that_does_not_let_the_page_in_says_what_to_start_it_with(classic, tavern, host, tmp_path):
