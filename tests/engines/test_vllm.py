@@ -3,12 +3,13 @@ that has vLLM (0.21 or later; a build for CPUs will do), in about two minutes a 
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -84,7 +85,10 @@ def server(folder, log, *more):
     command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--max-model-len", "250"]
     command += ["--block-size", "32", "--enable-prompt-tokens-details", *more]
     with open(log, "wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=ENVIRONMENT, cwd=log.parent)
+        # Its engine is a process of its own, which outlives it when it is killed: hence a group that can be ended.
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, env=ENVIRONMENT, cwd=log.parent, start_new_session=True
+        )
     try:
         until = time.monotonic() + 600
         while b"Application startup complete" not in log.read_bytes():
@@ -94,6 +98,8 @@ def server(folder, log, *more):
     finally:
         process.terminate()
         process.wait(60)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 INSIDE = softprompt(5, 6, 128)
