@@ -69,15 +69,14 @@ class VllmServer(VllmModel):
             self._remote.ask("/v1/chat/completions", {**self._chat([_part(row), "."]), "max_tokens": 1}, 120)
             return None
         except EngineRefused as error:
-            said = str(error)
-            if "hidden_size" in said:
-                raise WrongModel(
-                    f"The server has another model than {self._path}, which has {self._width} columns: {said}"
-                ) from error
-            if "enable-prompt-embeds" in said or "enable_prompt_embeds" in said:
-                raise EngineRefused(f"{self._remote.url} takes no soft prompts: {_START}") from error
-            if "chat template" not in said.lower() and "chat_template" not in said.lower():
+            self._explain(error)
+            if "chat template" not in str(error).lower() and "chat_template" not in str(error).lower():
                 raise
+        try:
+            self._remote.ask("/v1/completions", {"model": self._id, "prompt_embeds": row, "max_tokens": 1}, 120)
+        except EngineRefused as error:
+            self._explain(error)
+            raise
         try:
             matrix = matrix_in_folder(self._path)
         except (NoEmbedding, ModelError, OSError) as error:
@@ -87,8 +86,17 @@ class VllmServer(VllmModel):
             ) from error
         if matrix.scale is None:
             matrix = matrix._replace(scale=self._scale())
-        self._remote.ask("/v1/completions", {"model": self._id, "prompt_embeds": row, "max_tokens": 1}, 120)
         return matrix
+
+    def _explain(self, error: EngineRefused) -> None:
+        """Raise what a refusal of the first row means, where that is known."""
+        said = str(error)
+        if "hidden_size" in said:
+            raise WrongModel(
+                f"The server has another model than {self._path}, which has {self._width} columns: {said}"
+            ) from error
+        if "enable-prompt-embeds" in said or "enable_prompt_embeds" in said:
+            raise EngineRefused(f"{self._remote.url} takes no soft prompts: {_START}") from error
 
     def _next_tokens(self, probe: str, softprompts: Sequence[SoftPrompt]) -> Dict[str, float]:
         """Probabilities of the likeliest next tokens."""

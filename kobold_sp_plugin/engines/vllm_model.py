@@ -8,10 +8,10 @@ import numpy as np
 
 from ..compatibility import ModelFacts, facts
 from ..errors import ModelError, SoftPromptError, UnknownScale, WidthMismatch
-from ..softprompt import Scale, SoftPrompt, TaggedText
+from ..softprompt import Scale, SoftPrompt
 from . import PROBES, Effect, GenerationSettings
 from .effects import effect_of_likeliest
-from .fitting import fit, in_front
+from .fitting import fit, in_front, softprompts_inside
 from .tokenizer import Tokenizer
 
 TOP = 20
@@ -90,7 +90,7 @@ class VllmModel:
         Raises :class:`ContextExceeded`, or what is wrong with a soft prompt.
         """
         settings, chosen = in_front(settings, softprompts)
-        for each in (*chosen, *TaggedText((settings.memory, settings.prompt)).softprompts):
+        for each in (*chosen, *softprompts_inside(settings)):
             self._rows_of(each)  # a width that is wrong ends the engine: it is found out here
         return settings, chosen, fit(settings, sum(each.n_tokens for each in chosen), self.context, self._reader)
 
