@@ -19,14 +19,19 @@ def between(mark):
     return README.split(f"<!-- {mark} -->")[1].split(f"<!-- /{mark} -->")[0].strip()
 
 
-def test_the_python_example_runs(monkeypatch, capsys):
+def test_the_python_examples_run(monkeypatch, capsys):
     pytest.importorskip("transformers", "4.28")
     monkeypatch.chdir(ROOT)
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    exec(compile(code, "README.md", "exec"), {})
+    example, in_text, in_training = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names = {}
+    exec(compile(example, "README.md", "exec"), names)
     printed = capsys.readouterr().out
     assert printed.startswith("The door opened and")
     assert "noir compatible" in printed.lower()
+    exec(compile(in_text, "README.md", "exec"), names)
+    assert capsys.readouterr().out.startswith("<softprompt:Noir>The sky over the port")
+    exec(compile(in_training, "README.md", "exec"), names)
+    assert names["rows"].grad.abs().sum() > 0 and names["mine"].n_tokens == 20
 
 
 def test_the_table_of_events_is_the_one_in_the_code():
