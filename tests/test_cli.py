@@ -55,6 +55,8 @@ def serving(*arguments, cwd=None):
         text=True,
         env=environment,
         cwd=cwd,
+        # Where the tests themselves run in the background, a shell has them ignore interrupts, and so their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         said = ""

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
+from transformers import __version__ as transformers_version
 
 from ..compatibility import context_of
 from ..errors import ContextExceeded, UnsupportedCall
@@ -33,6 +34,9 @@ READ_ALL = ("cpmant", "xlm-roberta-xl", "xlnet")
 """Models that have to be given all ids at each step: they find by themselves what is new, and where it stands."""
 READ_ALL_AT_FIRST = ("mamba2",)
 """Those that had to be before 4.57: batches go wrong where the mask is not made as long as the ids."""
+
+
+_RELEASE = tuple(int(part) for part in transformers_version.split(".")[:2])
 
 
 def _cuts_relatively() -> bool:
@@ -342,6 +346,11 @@ class GenerationAdapter:
         if self._setting("assistant_early_exit", kwargs) is not None:
             raise UnsupportedCall(
                 "assistant_early_exit makes a model its own helper, which reads the text without the soft prompt; "
+                "generate without it"
+            )
+        if self._setting("penalty_alpha", kwargs) and _RELEASE < (4, 36):
+            raise UnsupportedCall(
+                "contrastive search (penalty_alpha) with a soft prompt takes transformers 4.36 or later; "
                 "generate without it"
             )
         self._check_context(rows, args, kwargs)

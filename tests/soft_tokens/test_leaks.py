@@ -30,7 +30,7 @@ def generate(model, **options):
 def counts():
     """Tensors and rows that Python can reach; nothing has to wait for its garbage collector."""
     objects = gc.get_objects()
-    rows = sum(isinstance(each, Rows) for each in objects)
+    rows = sum(type(each) is Rows for each in objects)
     return sum(type(each) is torch.Tensor for each in objects), rows
 
 

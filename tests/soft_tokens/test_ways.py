@@ -266,6 +266,11 @@ def test_a_way_of_generating(model, monkeypatch, name, options):
         with pytest.raises(reason):
             generate(model, TEXT, **options)
         pytest.skip(f"the bare model of this release cannot: {reason.__name__}")
+    if "penalty_alpha" in options and RELEASE < (4, 36):
+        attach(model).select(rows_of(model, HARD))
+        with pytest.raises(UnsupportedCall, match="penalty_alpha"):
+            generate(model, TEXT, **options)
+        return
     wanted = expected(model, options)
     eyes = Eyes(monkeypatch)
     attach(model).select(rows_of(model, HARD))
