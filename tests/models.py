@@ -51,6 +51,9 @@ CONFIGS = {
 }
 FAMILIES = [family for family, (prefix, _) in CONFIGS.items() if hasattr(transformers, f"{prefix}Config")]
 
+CACHE = "past_key_values" if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24) else "cache"
+"""The name by which ``generate`` takes a cache, and gives it back."""
+
 FAMILY = "llama" if "llama" in FAMILIES else "gptj"
 """The one to use where any will do: 4.24 has no Llama."""
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from models import FAMILIES, FAMILY, VOCABULARY, tiny_model, tiny_tokenizer
+from models import CACHE, FAMILIES, FAMILY, VOCABULARY, tiny_model, tiny_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
@@ -585,12 +585,12 @@ def test_what_does_not_fit_the_context_is_refused_before_anything_is_generated(m
 def test_embeddings_and_filled_caches_are_refused(llama_or_gptj, random_prompt):
     model = llama_or_gptj
     handle = attach(model)
-    filled = model(TEXT, use_cache=True).past_key_values
+    filled = model(TEXT, use_cache=True)[CACHE]
     handle.select(random_prompt)
     with pytest.raises(UnsupportedCall, match="inputs_embeds"):
         model.generate(inputs_embeds=model.get_input_embeddings()(TEXT), max_new_tokens=2)
-    with pytest.raises(UnsupportedCall, match="past_key_values"):
-        generate(model, TEXT, past_key_values=filled)
+    with pytest.raises(UnsupportedCall, match="filled cache"):
+        generate(model, TEXT, **{CACHE: filled})
 
 
 def test_models_without_a_place_for_soft_tokens_are_refused():

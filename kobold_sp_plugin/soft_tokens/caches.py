@@ -13,8 +13,8 @@ import torch
 _PER_POSITION = ("input_ids", "position_ids", "token_type_ids", "mm_token_type_ids", "cache_position")
 """Inputs of a forward pass whose last dimension is the positions that it reads."""
 
-_CACHES = ("past_key_values", "cache_params")
-"""Names under which a forward pass takes its cache."""
+_CACHES = ("cache", "past_key_values", "cache_params")
+"""Names under which a forward pass takes its cache; the first from 5.24 on."""
 
 _FROZEN_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
 """Layers of a cache that make new tensors when they grow, so that all requests can begin with the same ones."""
@@ -144,7 +144,7 @@ def computed(model: Any, inputs: Dict[str, Any], n: int) -> Any:
     output = _called(model, mine)
     cache: Any = mine.get(name_of_cache(mine))
     if cache is None:
-        cache = getattr(output, "past_key_values", None)
+        cache = next((output[name] for name in _CACHES if output.get(name) is not None), None)
     _check_cache(cache if not isinstance(cache, tuple) else None)
     return held_by(cache)
 

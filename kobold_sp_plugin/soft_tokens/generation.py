@@ -21,7 +21,7 @@ from .prefix import Prefixes
 from .rows import Rows
 from .text import softprompts_in
 
-CACHES = ("past_key_values", "past", "cache_params", "state", "mems", "past_buckets_states")
+CACHES = ("cache", "past_key_values", "past", "cache_params", "state", "mems", "past_buckets_states")
 """Names under which releases and families hand their caches from step to step."""
 
 _NO_ID = sys.maxsize
@@ -268,8 +268,8 @@ class GenerationAdapter:
         read = _read_in(cache)
         if read != _what_is_read(rows) or rows.prompt is not None:
             raise UnsupportedCall(
-                "generate() was given a filled cache (past_key_values) that does not begin with the selected soft "
-                "prompt, or a text with soft prompts inside; begin with a new cache"
+                "generate() was given a filled cache that does not begin with the selected soft prompt, or a text with "
+                "soft prompts inside; begin with a new cache"
             )
         ids, mask = _ids_of(args, kwargs), kwargs.get("attention_mask")
         length = ids.shape[-1] if mask is None or not self._takes_new_ids_only else mask.shape[-1]

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from models import FAMILIES, softprompt, tiny_model
+from models import CACHE, FAMILIES, softprompt, tiny_model
 
 from kobold_sp_plugin import SoftPrompt, attach
 from kobold_sp_plugin.errors import UnsupportedCall
@@ -43,13 +43,13 @@ def turns(model, **options):
     for _ in range(3):
         with_cache = generate(model, kept, output_scores=True, **back)
         without = generate(model, fresh, output_scores=True)
-        back["past_key_values"] = cache_of(with_cache)
+        back[CACHE] = cache_of(with_cache)
         kept, fresh = (torch.cat([out.sequences, MORE], dim=1) for out in (with_cache, without))
     return (kept, torch.stack(with_cache.scores)), (fresh, torch.stack(without.scores))
 
 
 def cache_of(out):
-    cache = out.get("past_key_values")
+    cache = out.get(CACHE)
     if cache is None:
         pytest.skip("this release returns no cache")
     if type(cache).__name__ == "HybridCache":
@@ -85,7 +85,7 @@ def test_padded_rows_too(model):
     longer = torch.cat([first.sequences, MORE.expand(2, -1)], dim=1)
     mask = torch.cat([mask, torch.ones(2, longer.shape[1] - 7, dtype=torch.long)], dim=1)
     expected = generate(model, longer, mask).sequences
-    found = generate(model, longer, mask, past_key_values=first.past_key_values).sequences
+    found = generate(model, longer, mask, **{CACHE: first[CACHE]}).sequences
     assert found.tolist() == expected.tolist()
 
 
@@ -96,9 +96,21 @@ def test_a_cache_of_the_callers_own_is_filled_and_used_again(model):
     handle.select(rows_of(model, HARD))
     cache, ids, expected = transformers.DynamicCache(), TEXT, TEXT
     for _ in range(2):
-        ids = torch.cat([generate(model, ids, past_key_values=cache, return_dict_in_generate=False), MORE], dim=1)
+        ids = torch.cat([generate(model, ids, **{CACHE: cache}, return_dict_in_generate=False), MORE], dim=1)
         expected = torch.cat([generate(model, expected).sequences, MORE], dim=1)
     assert ids.tolist() == expected.tolist()
+
+
+def test_a_cache_goes_back_by_its_old_name_too(model):
+    if RELEASE < (5, 24):
+        pytest.skip("this release has one name")
+    handle = attach(model)
+    handle.select(rows_of(model, HARD))
+    first = generate(model, TEXT)
+    longer = torch.cat([first.sequences, MORE], dim=1)
+    with pytest.warns(FutureWarning, match="deprecated"):
+        found = generate(model, longer, past_key_values=first[CACHE]).sequences
+    assert found.tolist() == generate(model, longer).sequences.tolist()
 
 
 def test_only_the_new_ids_and_a_mask_of_all(model):
@@ -110,7 +122,7 @@ def test_only_the_new_ids_and_a_mask_of_all(model):
     longer = torch.cat([first.sequences, MORE], dim=1)
     expected = generate(model, longer).sequences[:, longer.shape[1] :]
     new = longer[:, first.sequences.shape[1] - 1 :]  # the last of a generation is not in its cache
-    found = generate(model, new, torch.ones_like(longer), past_key_values=first.past_key_values).sequences
+    found = generate(model, new, torch.ones_like(longer), **{CACHE: first[CACHE]}).sequences
     assert found[:, new.shape[1] :].tolist() == expected.tolist()
 
 
@@ -120,10 +132,10 @@ def test_copies_of_one_cache_begin_several_texts(model):
     handle = attach(model)
     handle.select(rows_of(model, HARD))
     cache = transformers.DynamicCache()
-    generate(model, TEXT, past_key_values=cache, max_new_tokens=1)
+    generate(model, TEXT, **{CACHE: cache}, max_new_tokens=1)
     for each in ([5, 6], [90, 91, 92]):
         ids = torch.cat([TEXT, torch.tensor([each])], dim=1)
-        found = generate(model, ids, past_key_values=copy.deepcopy(cache)).sequences
+        found = generate(model, ids, **{CACHE: copy.deepcopy(cache)}).sequences
         assert found.tolist() == generate(model, ids).sequences.tolist()
 
 
@@ -137,7 +149,7 @@ def test_a_selection_that_went_and_came_back_is_the_same(model):
     longer = torch.cat([first.sequences, MORE[:, :1]], dim=1)
     if RELEASE < (4, 44):
         longer = first.sequences  # one new token
-    found = generate(model, longer, past_key_values=first.past_key_values).sequences
+    found = generate(model, longer, **{CACHE: first[CACHE]}).sequences
     assert found.tolist() == generate(model, longer).sequences.tolist()
 
 
@@ -149,16 +161,16 @@ def test_a_cache_of_another_selection_is_refused(model):
     longer = torch.cat([first.sequences, MORE], dim=1)
     handle.select(softprompt(width=model.get_input_embeddings().embedding_dim))
     with pytest.raises(UnsupportedCall, match="does not begin with the selected"):
-        generate(model, longer, past_key_values=cache)
+        generate(model, longer, **{CACHE: cache})
     handle.clear()
     with pytest.raises(UnsupportedCall, match="none is selected"):
-        generate(model, longer, past_key_values=cache)
-    bare = generate(model, TEXT).past_key_values
+        generate(model, longer, **{CACHE: cache})
+    bare = generate(model, TEXT)[CACHE]
     handle.select(rows_of(model, HARD))
     with pytest.raises(UnsupportedCall, match="does not begin with the selected"):
-        generate(model, longer, past_key_values=bare)
+        generate(model, longer, **{CACHE: bare})
     with pytest.raises(UnsupportedCall, match="to be longer"):
-        generate(model, TEXT, past_key_values=cache)
+        generate(model, TEXT, **{CACHE: cache})
 
 
 def test_a_filled_cache_and_chunks_are_refused_where_the_release_cannot(model):
@@ -169,4 +181,4 @@ def test_a_filled_cache_and_chunks_are_refused_where_the_release_cannot(model):
     first = generate(model, TEXT)
     longer = torch.cat([first.sequences, MORE], dim=1)
     with pytest.raises(UnsupportedCall, match="prefill_chunk_size"):
-        generate(model, longer, past_key_values=first.past_key_values, prefill_chunk_size=2)
+        generate(model, longer, **{CACHE: first[CACHE]}, prefill_chunk_size=2)

@@ -11,7 +11,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import FAMILIES, softprompt, tiny_model
+from models import CACHE, FAMILIES, softprompt, tiny_model
 
 from kobold_sp_plugin import SoftPrompt, attach
 from kobold_sp_plugin.soft_tokens import conversation
@@ -392,12 +392,12 @@ def test_a_cache_that_is_handed_in_is_left_to_its_owner(llama):
     cache = transformers.DynamicCache()
     check(llama, STORY)
     with attach(llama).remembering():
-        first, _ = generate(llama, STORY, past_key_values=cache)
+        first, _ = generate(llama, STORY, **{CACHE: cache})
     assert cache.get_seq_length() == len(first) - 1
     expected, _ = generate(llama, first + SAID)
     remembered(llama, [first[-1], *SAID, *STORY])  # begins as what is new does
     with attach(llama).remembering():
-        assert generate(llama, first + SAID, past_key_values=cache)[0] == expected
+        assert generate(llama, first + SAID, **{CACHE: cache})[0] == expected
     assert check(llama, first + SAID)[0] == expected
 
 
