@@ -1,6 +1,7 @@
 """KoboldAI's HTTP API, and what KoboldCpp added to it; every error is JSON."""
 
 import time
+from contextlib import suppress
 from typing import Any, Dict, Iterator, List, Optional
 
 from flask import Blueprint, Flask, Response, request
@@ -8,6 +9,8 @@ from flask import Blueprint, Flask, Response, request
 from ..engines import Engine, Tokenizing
 from ..errors import NoModel, SoftPromptError
 from ..session import Session
+from ..soft_tokens.text import without_soft_tokens
+from ..softprompt import read_tags
 from .characters import Characters
 from .fields import (
     CHARACTER,
@@ -147,8 +150,12 @@ def _extra_api(session: Session, queue: GenerationQueue, characters: Characters,
         engine = session.engine
         if engine is None:
             raise NoModel(NO_MODEL)
+        with suppress(
+            SoftPromptError
+        ):  # a tag that nobody can read is refused where text is asked for; here it is text
+            text = read_tags(text, session.named)
         ids = engine.token_ids(text) if isinstance(engine, Tokenizing) else []
-        return {"value": len(ids), "ids": ids}
+        return {"value": len(ids), "ids": without_soft_tokens(ids)}
 
     @api.get("/true_max_context_length")
     def true_max_context_length() -> Dict[str, int]:

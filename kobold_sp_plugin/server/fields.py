@@ -349,7 +349,7 @@ CHARACTER: Dict[str, Field] = {
 KEY: Dict[str, Field] = {"genkey": Field(TEXT, "The key that the request for text had; none: one's own.")}
 """``POST /api/extra/abort`` and ``generate/check``."""
 
-TOKENS: Dict[str, Field] = {"prompt": Field(TEXT, "The text to count.")}
+TOKENS: Dict[str, Field] = {"prompt": Field(TEXT, f"The text to count; {_TAGS}")}
 """``POST /api/extra/tokencount``."""
 
 

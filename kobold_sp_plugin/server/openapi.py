@@ -96,7 +96,7 @@ _OPERATIONS = (
     _Operation(
         "post",
         "/api/extra/tokencount",
-        "Count the tokens of a text",
+        "Count the tokens of a text: `value` with those of soft prompts in it, which have no `ids`",
         _object(value=_WHOLE, ids=_list_of(_WHOLE)),
         TOKENS,
         (422, 501),

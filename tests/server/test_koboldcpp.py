@@ -213,6 +213,22 @@ class TestOtherExtras:
             "ids": ids,
         }
 
+    def test_a_soft_prompt_that_stands_in_a_text_is_counted_with_it(self, ask, engine, session):
+        ids = engine.token_ids("The door opened and")
+        tagged = "<softprompt:noir>The door opened and"
+        assert ask("POST", "/api/extra/tokencount", {"prompt": tagged}).json == {"value": 4 + len(ids), "ids": ids}
+        inside = "The door <softprompt:noir>opened<softprompt:space> and"
+        read = engine.token_ids(
+            "The door " + session.softprompt("noir.zip") + "opened" + session.softprompt("space.zip") + " and"
+        )
+        assert ask("POST", "/api/extra/tokencount", {"prompt": inside}).json["value"] == len(read) > 4 + 6
+
+    @pytest.mark.parametrize("name", ["absent", "wide", "broken"])
+    def test_a_tag_that_nobody_can_read_is_counted_as_the_text_that_it_is(self, ask, engine, name):
+        ids = engine.token_ids(f"The <softprompt:{name}>")
+        answer = ask("POST", "/api/extra/tokencount", {"prompt": f"The <softprompt:{name}>"})
+        assert answer.status == 200 and answer.json == {"value": len(ids), "ids": ids}
+
     def test_small_answers(self, ask):
         assert ask("GET", "/api/extra/true_max_context_length").json == {"value": 512}
         assert ask("GET", "/api/extra/preloadstory").json == {}
