@@ -168,9 +168,9 @@ class Session:
             _check(selected, state.facts)
             if state.engine is not None:
                 state.engine.select([each.softprompt for each in selected])
-                known = self._effects.get(state.engine, {})
-                for content in [content for content, effect in known.items() if effect is None]:
-                    del known[content]  # what could not be measured is tried again
+                effects = self._effects.get(state.engine, {})
+                for content in [content for content, effect in effects.items() if effect is None]:
+                    del effects[content]  # what could not be measured is tried again
             entries = self.catalogue.entries(state.facts)
             self._state = state._replace(entries=entries, selected=selected, notice="")
 
