@@ -31,6 +31,7 @@ from .engines import Engine
 from .errors import (
     CompatibilityError,
     ContextExceeded,
+    EngineError,
     NoModel,
     SelectionError,
     SoftPromptError,
@@ -167,6 +168,9 @@ class Session:
             _check(selected, state.facts)
             if state.engine is not None:
                 state.engine.select([each.softprompt for each in selected])
+                effects = self._effects.get(state.engine, {})
+                for content in [content for content, effect in effects.items() if effect is None]:
+                    del effects[content]  # what could not be measured is tried again
             entries = self.catalogue.entries(state.facts)
             self._state = state._replace(entries=entries, selected=selected, notice="")
 
@@ -358,14 +362,18 @@ class Session:
                 if self._closed or state.engine is None or not state.selected or state.content in known:
                     self._measuring = None
                     return
+            notice = ""
             try:
                 effect: Optional[float] = state.engine.effect(state.softprompts)
             except Exception as error:  # a number that is missing must not stop the story
                 if self._state.engine is state.engine:  # else the model was let go meanwhile
                     log.warning("The effect of %s could not be measured: %s", _names(state.selected), error)
+                    notice = str(error) if isinstance(error, EngineError) else ""  # as it will be with every text
                 effect = None
-            with self._changing():
+            with self._changing() as now:
                 self._effects.setdefault(state.engine, {})[state.content] = effect
+                if notice and now.engine is state.engine:
+                    self._state = now._replace(notice=notice)
 
 
 def _check(selected: Sequence[_Selected], facts: Optional[ModelFacts]) -> None:

@@ -14,6 +14,7 @@ from kobold_sp_plugin.engines.transformers import TransformersEngine
 from kobold_sp_plugin.errors import (
     CompatibilityError,
     ContextExceeded,
+    EngineUnreachable,
     FormatError,
     NoModel,
     SelectionError,
@@ -355,6 +356,25 @@ class TestEffect:
         session.select("noir.zip")
         eventually(lambda: "out of memory" in caplog.text)
         assert session.effect is None and session.selection == ("noir.zip",)
+        session.close()
+
+    def test_an_engine_that_does_not_answer_is_told_and_asked_again(self, folder, engine):
+        is_down = [True]
+
+        class Remote(TransformersEngine):
+            def effect(self, softprompts):
+                if is_down:
+                    raise EngineUnreachable("No answer from http://127.0.0.1:8000.")
+                return super().effect(softprompts)
+
+        session = Session(folder, Remote(engine._existing(), engine._tokenizer, "remote"))
+        session.select("noir.zip")
+        eventually(lambda: session.status()["notice"] == "No answer from http://127.0.0.1:8000.")
+        assert session.selection == ("noir.zip",)
+        is_down.clear()
+        session.select("noir.zip")
+        eventually(lambda: session.effect is not None)
+        assert session.status()["notice"] == ""
         session.close()
 
 

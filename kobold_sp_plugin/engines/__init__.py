@@ -168,3 +168,11 @@ class Tokenizing(Protocol):
 
         ``messages``: ``{"role", "content"}``, both text.
         """
+
+
+@runtime_checkable
+class Lacking(Protocol):
+    """An engine that does not do everything that :class:`GenerationSettings` can ask for."""
+
+    def lacking(self, settings: GenerationSettings) -> Tuple[str, ...]:
+        """What of these settings it leaves out, or does in its own way: a sentence each."""

@@ -204,6 +204,16 @@ class Decoder:
         """Whether a text ends with this token."""
         return bool(self._llama.llama_vocab_is_eog(self._vocab, token))
 
+    def ends(self) -> List[int]:
+        """The tokens that a text ends with."""
+        return [token for token in range(self.vocabulary) if self.is_end(token)]
+
+    def suppressed(self) -> List[int]:
+        """The tokens that the file says are never to be drawn."""
+        count = ctypes.c_int32()
+        tokens = self._llama.llama_vocab_get_suppress_tokens(self._vocab, ctypes.byref(count))
+        return [int(tokens[number]) for number in range(count.value)]
+
 
 def _said() -> str:
     return " ".join(_SAID)[-400:] or "it does not say why"

@@ -4,8 +4,8 @@ What the model makes of a soft prompt is kept and copied for each generation, so
 text that begins as the one before, what is new is read.
 """
 
-import ctypes
 import hashlib
+import math
 import secrets
 import threading
 from contextlib import contextmanager
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Dict, Generator, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
+import torch
 
 from ..compatibility import ModelFacts, facts
 from ..errors import ModelError, NoModel
@@ -26,6 +27,7 @@ from .effects import effect_of
 from .fitting import fit, in_front, softprompts_inside
 from .gguf_model import chat_prompt, check_widths
 from .llama_bindings import Decoder
+from .samplers import samplers
 from .turns import Turns
 
 DEFAULT_CONTEXT = 8192
@@ -86,6 +88,7 @@ class LlamaCppEngine:
         self.lock = Turns()
         self._facts: Optional[ModelFacts] = None
         self._selected: Tuple[SoftPrompt, ...] = ()
+        self._texts: List[str] = []
         self._kept = _Read()
         self._story = _Read()
 
@@ -145,6 +148,15 @@ class LlamaCppEngine:
         decoder = self._existing()
         return decoder.text_of([token_id], special=True) or str(token_id)
 
+    def token_texts(self) -> List[str]:
+        """What each token adds to a text, in lower case, by its id; made once."""
+        if not self._texts:
+            decoder = self._existing()
+            anchor = decoder.ids_of("x")[-1:]
+            start = len(decoder.text_of(anchor))
+            self._texts = [decoder.text_of([*anchor, each])[start:].lower() for each in range(decoder.vocabulary)]
+        return self._texts
+
     def token_ids(self, text: str) -> List[int]:
         """The ids that the model would read for a text."""
         return _Reader(self._existing(), self.name).ids(text)
@@ -197,25 +209,25 @@ class LlamaCppEngine:
         text = Detokenizer(_Reader(decoder, self.name), of_text, settings.stop_sequence, settings.keep_stop)
         reason, n_new = "length", 0
         read = self._begin_story(decoder, beginning, rest, settings.max_length)
-        with _sampler(decoder, settings, of_text) as sample:
-            for part in self._read_on(decoder, rest[len(read) :], beginning.n_tokens + len(read), _TEXT):
-                read.extend(part)
-                if stop.is_set():
-                    return Ending("stop", len(of_text), 0)
-            while n_new < settings.max_length:
-                token = sample()
-                n_new += 1
-                if decoder.is_end(token):
-                    reason = "stop"
-                    break
-                piece = text.add([token])
-                if piece:
-                    yield piece
-                if text.ended or stop.is_set():
-                    return Ending("stop", len(of_text), n_new)
-                if n_new < settings.max_length:
-                    decoder.read_ids([token], beginning.n_tokens + len(read), _TEXT)
-                    read.append(token)
+        drawing = _Drawing(self, decoder, settings, of_text)
+        for part in self._read_on(decoder, rest[len(read) :], beginning.n_tokens + len(read), _TEXT):
+            read.extend(part)
+            if stop.is_set():
+                return Ending("stop", len(of_text), 0)
+        while n_new < settings.max_length:
+            token = drawing.next()
+            n_new += 1
+            if decoder.is_end(token):
+                reason = "stop"
+                break
+            piece = text.add([token])
+            if piece:
+                yield piece
+            if text.ended or stop.is_set():
+                return Ending("stop", len(of_text), n_new)
+            if n_new < settings.max_length:
+                decoder.read_ids([token], beginning.n_tokens + len(read), _TEXT)
+                read.append(token)
         piece = text.rest()
         if piece:
             yield piece
@@ -335,42 +347,32 @@ def _rows(softprompts: Sequence[SoftPrompt], model: ModelFile) -> np.ndarray:
     return np.concatenate(parts)
 
 
-@contextmanager
-def _sampler(decoder: Decoder, settings: GenerationSettings, ids: Sequence[int]) -> Iterator[Any]:
-    """A function that draws the next token, by llama.cpp's own samplers, in the order of transformers."""
-    llama, vocabulary = decoder._llama, decoder.vocabulary
-    chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
-    try:
+class _Drawing:
+    """Draws one token after the other, by KoboldAI's samplers; what stands for soft tokens is unknown to them."""
 
-        def add(sampler: Any) -> None:
-            llama.llama_sampler_chain_add(chain, sampler)
+    def __init__(
+        self, engine: LlamaCppEngine, decoder: Decoder, settings: GenerationSettings, ids: Sequence[int]
+    ) -> None:
+        self._decoder = decoder
+        self._greedy = min(settings.temperature, settings.top_p) < GREEDY_BELOW
+        ends = decoder.ends() if settings.ban_eos else ()
+        self._samplers = samplers(settings, len(ids), ends, engine.token_texts, self._greedy)
+        self._never = decoder.suppressed()
+        self._ids = torch.tensor([list(ids)])
+        seed = secrets.randbits(63) if settings.seed is None else settings.seed
+        self._random = torch.Generator().manual_seed(seed)
 
-        count = ctypes.c_int32()
-        never = llama.llama_vocab_get_suppress_tokens(decoder.vocab, ctypes.byref(count))
-        if count.value:
-            biases = (llama.llama_logit_bias * count.value)(
-                *[llama.llama_logit_bias(never[at], float("-inf")) for at in range(count.value)]
-            )
-            add(llama.llama_sampler_init_logit_bias(vocabulary, count.value, biases))
-        if settings.rep_pen != 1:
-            add(llama.llama_sampler_init_penalties(vocabulary, decoder.n_context, settings.rep_pen, 0.0, 0.0))
-        if min(settings.temperature, settings.top_p) < GREEDY_BELOW:
-            add(llama.llama_sampler_init_greedy())
+    def next(self) -> int:
+        """The token after what was read last."""
+        scores = torch.from_numpy(self._decoder.logits())[None]
+        scores[:, self._never] = -math.inf
+        scores = self._samplers(self._ids, scores)
+        if self._greedy:
+            token = scores.argmax(-1, keepdim=True)
         else:
-            add(llama.llama_sampler_init_temp(settings.temperature))
-            if settings.top_k:
-                add(llama.llama_sampler_init_top_k(settings.top_k))
-            if settings.top_p < 1:
-                add(llama.llama_sampler_init_top_p(settings.top_p, 1))
-            if settings.typical < 1:
-                add(llama.llama_sampler_init_typical(max(settings.typical, 1e-6), 1))
-            seed = secrets.randbits(32) if settings.seed is None else settings.seed
-            add(llama.llama_sampler_init_dist(seed % 0xFFFFFFFF))  # the last means "draw one"
-        for each in ids if settings.rep_pen != 1 else ():
-            llama.llama_sampler_accept(chain, each)
-        yield lambda: int(llama.llama_sampler_sample(chain, decoder.context, -1))
-    finally:
-        llama.llama_sampler_free(chain)
+            token = torch.multinomial(torch.softmax(scores, -1), 1, generator=self._random)
+        self._ids = torch.cat([self._ids, token], -1)
+        return int(token)
 
 
 class _Reader:

@@ -23,13 +23,16 @@ from ..softprompt import SoftPrompt, TaggedText
 from . import GREEDY_BELOW, PROBES, Effect, Ending, GenerationSettings
 from .effects import effect_of_likeliest
 from .fitting import fit, in_front, softprompts_inside
-from .gguf_model import chat_prompt, check_widths
+from .gguf_model import chat_prompt, check_widths, token_texts
+from .lacking import lacking
 from .remote import Remote
+from .samplers import REPETITION_PENALTY, TEMPERATURE, TOP_K, TOP_P, TYPICAL
 from .slots import Slot, slot_of, write_slot
 from .turns import Turns
 
 _LIKELIEST = 1000
 """Tokens whose probability is asked for, to measure an effect; the rest of the distribution counts as one."""
+_LARGEST = 2**31 - 1
 _STREAMED = {"stream": True, "timings_per_token": True}
 """So that the first part of an answer tells what of the prompt was not read again."""
 
@@ -60,6 +63,7 @@ class LlamaServerEngine:
         self.lock = Turns()
         self._selected: Tuple[SoftPrompt, ...] = ()
         self._facts: Optional[ModelFacts] = None
+        self._texts: List[str] = []
         self._restored: Tuple[int, ...] = ()
         """The ids whose state the slot is known to hold."""
         self.context: int = self._check_model()
@@ -121,7 +125,8 @@ class LlamaServerEngine:
             return Ending("stop", len(ids), 0)
         n_new = 0
         try:
-            with closing(self._stream(_request(settings, self.context), softprompts, ids, stop)) as answers:
+            request = _request(settings, self.context, self._banned(settings.bad_words))
+            with closing(self._stream(request, softprompts, ids, stop)) as answers:
                 for answer in answers:
                     n_new = answer.get("tokens_predicted", n_new)
                     if answer.get("content"):
@@ -133,6 +138,22 @@ class LlamaServerEngine:
         finally:
             self.lock.release()
         return Ending("stop", len(ids), n_new)
+
+    def lacking(self, settings: GenerationSettings) -> Tuple[str, ...]:
+        """What of these settings llama-server does not do, or does in its own way: a sentence each."""
+        found = lacking(settings, ("top_a", "tfs", "rep_pen_slope"), "llama-server")
+        if settings.presence_penalty or settings.frequency_penalty:
+            found.append("llama-server: presence_penalty and frequency_penalty count the tokens of the prompt, too.")
+        if any(len(word) > 1 for word in settings.bad_words):
+            found.append("llama-server: a banned word can still come, put together of several tokens.")
+        return tuple(found)
+
+    def _banned(self, words: Sequence[str]) -> List[int]:
+        """The tokens that hold one of these words."""
+        if words and not self._texts:
+            self._texts = token_texts(self._file)
+        words = [word.lower() for word in words if word]
+        return [token for token, text in enumerate(self._texts) if any(word in text for word in words)]
 
     def _next_tokens(self, softprompts: Sequence[SoftPrompt]) -> List[Dict[int, float]]:
         """The probabilities of the likeliest tokens after each probe."""
@@ -156,8 +177,10 @@ class LlamaServerEngine:
         """The parts of an answer, the first of which has shown that the state was used; with the lock held."""
         self._check_model()
         slot = self._state_of(softprompts) if softprompts else Slot("", (), False)
-        prompt = [*slot.ids, *(ids[1:] if slot.takes_bos else ids)]
-        request = {**request, "prompt": prompt, "id_slot": self._slot, "cache_prompt": True}
+        text = ids[1:] if slot.takes_bos else ids
+        request = {**request, "prompt": [*slot.ids, *text], "id_slot": self._slot, "cache_prompt": True}
+        if slot.ids:  # they are ordinary tokens to the server: a penalty must never look back as far
+            request["repeat_last_n"] = min(request.get("repeat_last_n", 0), len(text))
         for attempt in range(2):
             if slot.ids and (attempt or self._restored != slot.ids):
                 self._restore(slot)
@@ -286,20 +309,35 @@ class LlamaServerEngine:
                     return
 
 
-def _request(settings: GenerationSettings, last: int) -> Dict[str, Any]:
-    """The settings in llama-server's words, with the samplers in the order of transformers."""
+_SAMPLERS = {
+    TOP_K: ("top_k",),
+    TOP_P: ("top_p", "min_p"),
+    TYPICAL: ("typ_p",),
+    TEMPERATURE: ("temperature",),
+    REPETITION_PENALTY: ("penalties",),
+}
+"""What llama-server calls those of KoboldAI's samplers that it has."""
+
+
+def _request(settings: GenerationSettings, context: int, banned: Sequence[int]) -> Dict[str, Any]:
+    """The settings in llama-server's words. ``banned``: ids that must not come."""
     greedy = min(settings.temperature, settings.top_p) < GREEDY_BELOW
+    order = [name for number in settings.sampler_order for name in _SAMPLERS.get(number, ())]
     return {
         **_STREAMED,
         "n_predict": settings.max_length,
-        "temperature": 0.0 if greedy else settings.temperature,
-        "top_k": 1 if greedy else settings.top_k,
+        "temperature": settings.temperature,
+        "top_k": 1 if greedy else min(settings.top_k, _LARGEST),
         "top_p": settings.top_p,
         "typical_p": max(settings.typical, 1e-6),
-        "min_p": 0.0,
+        "min_p": settings.min_p,
         "repeat_penalty": settings.rep_pen,
-        "repeat_last_n": last,
-        "samplers": ["penalties", "top_k"] if greedy else ["penalties", "temperature", "top_k", "top_p", "typ_p"],
+        "repeat_last_n": min(settings.rep_pen_range or context, context),
+        "presence_penalty": settings.presence_penalty,
+        "frequency_penalty": settings.frequency_penalty,
+        "samplers": ["penalties", "top_k"] if greedy else order,
+        "logit_bias": [*map(list, settings.logit_bias), *([token, False] for token in banned)],
+        "ignore_eos": settings.ban_eos,
         "stop": [each for each in settings.stop_sequence if each],
         "seed": secrets.randbits(31) if settings.seed is None else settings.seed % 0xFFFFFFFF,
     }

@@ -24,6 +24,7 @@ class Tokenizer:
     def __init__(self, tokenizer: Any, name: str):
         self._tokenizer = tokenizer
         self._name = name
+        self._texts: List[str] = []
 
     def ids(self, text: str) -> List[int]:
         """Ids of ``text`` behind what the tokenizer begins a text with; never none. Raises :class:`ModelError`."""
@@ -48,6 +49,16 @@ class Tokenizer:
         ids = list(self._tokenizer("")["input_ids"])
         end = self._tokenizer.eos_token_id
         return ids[:-1] if ids and ids[-1] == end != self._tokenizer.bos_token_id else ids
+
+    def texts(self) -> List[str]:
+        """What each token adds to a text, in lower case, by its id; made once."""
+        if not self._texts:
+            anchor = self.ids("x")[-1:]
+            before = self._tokenizer.decode(anchor, clean_up_tokenization_spaces=False)
+            sequences = [[*anchor, each] for each in range(len(self._tokenizer))]
+            decoded = self._tokenizer.batch_decode(sequences, clean_up_tokenization_spaces=False)
+            self._texts = [text[len(before) :].lower() for text in decoded]
+        return self._texts
 
     def written(self, settings: GenerationSettings, ids: Sequence[int], is_first: bool) -> List[Union[str, SoftPrompt]]:
         """What ``settings`` were fitted to as ``ids``, behind the beginning token, for who tokenises text by itself.

@@ -98,7 +98,6 @@ class TransformersEngine:
         self._context = context_of(model)
         self._facts: Optional[ModelFacts] = None
         self._measuring = threading.Lock()
-        self._texts: Optional[List[str]] = None
         attach(model)
 
     @property
@@ -313,7 +312,7 @@ class TransformersEngine:
     def _sampling(self, settings: GenerationSettings, n_prompt: int) -> Dict[str, Any]:
         """How ``generate`` draws: with our own samplers; those of the model's own configuration are off."""
         greedy = min(settings.temperature, settings.top_p) < GREEDY_BELOW
-        chosen = samplers(settings, n_prompt, self._end_ids(), self._token_texts, greedy)
+        chosen = samplers(settings, n_prompt, self._end_ids(), self._reader.texts, greedy)
         off: Dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0}
         config = getattr(self._existing(), "generation_config", None)
         for name, neutral in (("min_p", None), ("epsilon_cutoff", 0.0), ("eta_cutoff", 0.0)):  # of later releases
@@ -328,16 +327,6 @@ class TransformersEngine:
         config = getattr(model, "generation_config", None) or model.config
         ids = config.eos_token_id
         return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
-
-    def _token_texts(self) -> List[str]:
-        """What each token adds to a text, in lower case; made once."""
-        if self._texts is None:
-            anchor = self._reader.ids("x")[-1:]
-            before = self._tokenizer.decode(anchor, clean_up_tokenization_spaces=False)
-            sequences = [[*anchor, each] for each in range(len(self._tokenizer))]
-            decoded = self._tokenizer.batch_decode(sequences, clean_up_tokenization_spaces=False)
-            self._texts = [text[len(before) :].lower() for text in decoded]
-        return self._texts
 
     def _pad_id(self) -> int:
         """An id for padding; with one row there is none, but transformers warns where it has to guess."""

@@ -30,7 +30,9 @@ from ..formats.archive import write_members
 from ..soft_tokens.text import runs_of, without_soft_tokens
 from ..softprompt import Order, SoftPrompt
 from . import GREEDY_BELOW, Ending, GenerationSettings
+from .lacking import is_drawn, lacking
 from .remote import Remote
+from .samplers import REPETITION_PENALTY, TEMPERATURE, TOP_K, TOP_P
 from .vllm_model import TOP, VllmModel
 
 _JOINED = "{% for message in messages %}{{ message.content }}{% endfor %}"
@@ -118,18 +120,25 @@ class VllmServer(VllmModel):
     ) -> Generator[str, None, Ending]:
         """Text, piece by piece, with these soft prompts in place of the selection unless None.
 
-        Closing the iterator or setting ``stop`` ends it on the server too. KoboldAI's samplers that vLLM does not
-        have (top-a, tail-free, typical, the slope and range of the repetition penalty, an order) are left out.
-        Soft prompts that stand in the text itself (:class:`TaggedText`) are read there. Raises
-        :class:`ContextExceeded`, or from the iterator an :class:`EngineError`.
+        Closing the iterator or setting ``stop`` ends it on the server too. What vLLM does not do of the settings is
+        left out; :meth:`lacking` tells. Soft prompts that stand in the text itself (:class:`TaggedText`) are read
+        there. Raises :class:`ContextExceeded`, or from the iterator an :class:`EngineError`.
         """
         chosen = self._selected if softprompts is None else tuple(softprompts)
         return self._pieces(self._prompt(settings, chosen), settings, stop or threading.Event())
 
+    def lacking(self, settings: GenerationSettings) -> Tuple[str, ...]:
+        """What of these settings vLLM does not do, or does in its own way: a sentence each."""
+        found = lacking_in_vllm(settings)
+        if self._matrix is not None and settings.rep_pen != 1:
+            found.append("vLLM sees no text but its own here: rep_pen does not count the prompt's tokens.")
+        return tuple(found)
+
     def _pieces(
         self, prompt: "_Prompt", settings: GenerationSettings, stop: threading.Event
     ) -> Generator[str, None, Ending]:
-        body = {**prompt.body, **sampling(settings), "stream": True, "stream_options": {"include_usage": True}}
+        wanted = sampling(settings, self._banned(settings))
+        body = {**prompt.body, **wanted, "stream": True, "stream_options": {"include_usage": True}}
         reason, n_new = "stop", 0
         lost_space = prompt.loses_space
         events = self._remote.stream(prompt.route, body, stop)
@@ -225,6 +234,17 @@ class _Prompt(NamedTuple):
         return "chat" in self.route
 
 
+_LARGEST = 2**31 - 1
+_NEVER = -100.0
+"""The lowest bias that vLLM takes."""
+_FIXED = (
+    (REPETITION_PENALTY, TOP_K),
+    (REPETITION_PENALTY, TOP_P),
+    (TEMPERATURE, TOP_P),
+    (TOP_K, TOP_P),
+)
+"""Samplers whose order makes a difference, as vLLM has it."""
+
 _START = "Start it with: vllm serve MODEL --enable-prompt-embeds --trust-request-chat-template"
 
 
@@ -254,15 +274,15 @@ def _configuration_and_tokenizer(path: str, named: bool) -> Tuple[Any, Any]:
         ) from error
 
 
-def sampling(settings: GenerationSettings) -> Dict[str, Any]:
-    """The settings in vLLM's words."""
+def sampling(settings: GenerationSettings, banned: Sequence[int]) -> Dict[str, Any]:
+    """The settings in vLLM's words. ``banned``: ids that must not come."""
     greedy = min(settings.temperature, settings.top_p) < GREEDY_BELOW
     body: Dict[str, Any] = {
         "max_tokens": settings.max_length,
         "temperature": 0 if greedy else settings.temperature,
         "top_p": 1.0 if greedy else settings.top_p,
-        "top_k": settings.top_k or -1,
-        "min_p": settings.min_p,
+        "top_k": min(settings.top_k, _LARGEST) or -1,
+        "min_p": 0.0 if greedy else _min_p(settings),
         "repetition_penalty": settings.rep_pen,
         "presence_penalty": settings.presence_penalty,
         "frequency_penalty": settings.frequency_penalty,
@@ -270,13 +290,41 @@ def sampling(settings: GenerationSettings) -> Dict[str, Any]:
         "stop": list(settings.stop_sequence),
         "include_stop_str_in_output": settings.keep_stop,
     }
-    if settings.logit_bias:
-        body["logit_bias"] = {str(token): bias for token, bias in settings.logit_bias}
-    if settings.bad_words:
-        body["bad_words"] = list(settings.bad_words)
+    biases = {**dict(settings.logit_bias), **dict.fromkeys(banned, _NEVER)}
+    if biases:
+        body["logit_bias"] = {str(token): bias for token, bias in biases.items()}
+    words = [word for word in settings.bad_words if len(word) > 1]
+    if words:
+        body["bad_words"] = words
     if settings.seed is not None:
         body["seed"] = settings.seed
     return body
+
+
+def _min_p(settings: GenerationSettings) -> float:
+    """vLLM compares after the temperature; where the client has it later, a value by which the same tokens stay."""
+    if [number for number in settings.sampler_order if number in (TOP_P, TEMPERATURE)] == [TOP_P, TEMPERATURE]:
+        return float(settings.min_p ** (1 / settings.temperature))
+    return settings.min_p
+
+
+def lacking_in_vllm(settings: GenerationSettings) -> List[str]:
+    """What of these settings vLLM does not do, or does in its own way: a sentence each."""
+    found = lacking(settings, ("top_a", "tfs", "typical", "rep_pen_range", "rep_pen_slope"), "vLLM")
+    used = {
+        TOP_K: settings.top_k > 0,
+        TOP_P: settings.top_p < 1,
+        TEMPERATURE: settings.temperature != 1,
+        REPETITION_PENALTY: settings.rep_pen != 1,
+    }
+    order = [number for number in settings.sampler_order if used.get(number)]
+    both_used = [pair for pair in _FIXED if {*pair} <= {*order}]
+    is_other = any(order.index(first) > order.index(then) for first, then in both_used)
+    if is_drawn(settings) and (is_other or (settings.min_p > 0 and settings.top_p < 1)):
+        found.append("vLLM has an order of its own: penalties, temperature, min_p, top_k, top_p.")
+    if any(len(word) > 1 for word in settings.bad_words):
+        found.append("vLLM: a banned word can still come, written with other tokens than its own.")
+    return found
 
 
 def _encode(rows: np.ndarray) -> str:

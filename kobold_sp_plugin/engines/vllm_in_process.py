@@ -3,7 +3,7 @@
 import math
 import threading
 import uuid
-from typing import Any, Dict, Generator, Iterator, List, Optional, Sequence
+from typing import Any, Dict, Generator, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 
@@ -11,7 +11,7 @@ from ..errors import UnsupportedModel
 from ..soft_tokens.text import runs_of, without_soft_tokens
 from ..softprompt import Order, SoftPrompt
 from . import Ending, GenerationSettings
-from .vllm import sampling
+from .vllm import lacking_in_vllm, sampling
 from .vllm_model import TOP, VllmModel
 
 
@@ -54,11 +54,15 @@ class VllmInProcess(VllmModel):
         n_text = len(without_soft_tokens(ids))
         return self._pieces(self._prompt(ids, chosen), n_text, settings, stop or threading.Event())
 
+    def lacking(self, settings: GenerationSettings) -> Tuple[str, ...]:
+        """What of these settings vLLM does not do, or does in its own way: a sentence each."""
+        return tuple(lacking_in_vllm(settings))
+
     def _pieces(
         self, prompt: Dict[str, Any], n_text: int, settings: GenerationSettings, stop: threading.Event
     ) -> Generator[str, None, Ending]:
-        body = sampling(settings)
-        body["logit_bias"] = {int(token): bias for token, bias in settings.logit_bias} or None
+        body = sampling(settings, self._banned(settings))
+        body["logit_bias"] = {int(token): bias for token, bias in body.get("logit_bias", {}).items()} or None
         n_new, reason = 0, "stop"
         for output in self._outputs(prompt, body, stop):
             n_new += len(output.token_ids)

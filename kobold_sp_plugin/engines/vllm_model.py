@@ -36,6 +36,7 @@ class VllmModel:
         self._width = known.width
         limits = [each for each in (context, known.context) if isinstance(each, int)]
         self._facts = replace(known, context=min(limits) if limits else None)
+        self._ends = _ends(path, config)
         self._selected: Tuple[SoftPrompt, ...] = ()
 
     @property
@@ -78,6 +79,13 @@ class VllmModel:
         """A conversation as the tokenizer's template writes it; None where it has none, or not for these messages."""
         return self._reader.chat_prompt(messages)
 
+    def _banned(self, settings: GenerationSettings) -> List[int]:
+        """The tokens that must not come: those that end a text, and those that hold a banned word."""
+        words = [word.lower() for word in settings.bad_words if word]
+        texts = self._reader.texts() if words else []
+        holding = [token for token, text in enumerate(texts) if any(word in text for word in words)]
+        return [*(self._ends if settings.ban_eos else ()), *holding]
+
     def _next_tokens(self, probe: str, softprompts: Sequence[SoftPrompt]) -> Dict[str, float]:
         """Probabilities of the likeliest next tokens."""
         raise NotImplementedError
@@ -115,3 +123,14 @@ class VllmModel:
                 f"rows as they stand in the matrix, and {self.name}'s scale is not known ({error})",
                 "rows as they leave the embedding module",
             ) from error
+
+
+def _ends(path: str, config: Any) -> Tuple[int, ...]:
+    """The tokens that end a text, as the model's configurations tell."""
+    from transformers import GenerationConfig
+
+    try:
+        found = GenerationConfig.from_pretrained(path).eos_token_id
+    except Exception:  # there is none; the library says so in many ways
+        found = getattr(config, "eos_token_id", None)
+    return () if found is None else (found,) if isinstance(found, int) else tuple(found)

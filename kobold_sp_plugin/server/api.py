@@ -23,7 +23,7 @@ from .fields import (
     read_generation,
     read_object,
 )
-from .generation_queue import GenerationQueue
+from .generation_queue import Generation, GenerationQueue
 from .openai import add_openai
 from .openapi import document
 from .refusals import NO_MODEL, add_refusals, invalid_fields, refusal, status_of
@@ -104,7 +104,7 @@ def _kobold_api(session: Session, queue: GenerationQueue, characters: Characters
             texts.close()
         if texts.error is not None:
             return refusal(texts.error)
-        return {"results": [{"text": each.text, "finish_reason": each.reason} for each in texts.generations]}
+        return {"results": [_result(each) for each in texts.generations]}
 
     return api
 
@@ -232,6 +232,12 @@ def _kobold_events(texts: Texts) -> Iterator[str]:
             yield f"event: error\ndata: {as_json(status_of(said.generation.error)[1])}\n\n"
         else:
             yield f"event: message\ndata: {as_json({'token': '', 'finish_reason': said.generation.reason})}\n\n"
+
+
+def _result(generation: Generation) -> Dict[str, Any]:
+    """One text; ``notices``, where there are some: what the engine did not do of what was asked for."""
+    notices = {"notices": list(generation.notices)} if generation.notices else {}
+    return {"text": generation.text, "finish_reason": generation.reason, **notices}
 
 
 def _body(table: Dict[str, Field]) -> Dict[str, Any]:

@@ -6,9 +6,9 @@ import time
 import traceback
 from collections import OrderedDict
 from contextlib import closing
-from typing import Any, Callable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, List, Optional, Sequence, Set, Tuple
 
-from ..engines import Ending, Engine, GenerationSettings
+from ..engines import Ending, Engine, GenerationSettings, Lacking
 from ..errors import SoftPromptError
 from ..softprompt import SoftPrompt
 
@@ -53,6 +53,8 @@ class Generation:
         self.client = client
         self.tell = tell
         self.key = key
+        self.notices = engine.lacking(settings) if isinstance(engine, Lacking) else ()
+        """What the engine does not do of what is asked for, a sentence each."""
         self.turn = 0
         """Its client's place among clients: the lowest is next, and of these the first that came."""
         self.text = ""
@@ -84,6 +86,7 @@ class GenerationQueue:
         self._remembered: OrderedDict[str, str] = OrderedDict()
         self._running: Optional[Generation] = None
         self._closed = False
+        self._noticed: Set[str] = set()
         self._thread = threading.Thread(target=self._work, name="generation-queue", daemon=True)
         self._thread.start()
 
@@ -101,6 +104,10 @@ class GenerationQueue:
         Raises :class:`QueueFull` or :class:`QueueClosed`.
         """
         generation = Generation(engine, settings, softprompts, client, tell, key)
+        for notice in generation.notices:
+            if notice not in self._noticed:  # front ends send the same settings each time
+                self._noticed.add(notice)
+                log.warning("%s", notice)
         with self._changed:
             if self._closed:
                 raise QueueClosed

@@ -2,13 +2,14 @@
 that has vLLM (0.21 or later; a build for CPUs will do), in about two minutes a family."""
 
 import json
+import math
 import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
+import urllib.request
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -18,9 +19,11 @@ import transformers
 
 from kobold_sp_plugin import SoftPrompt
 from kobold_sp_plugin.engines import GenerationSettings, Tokenizing
+from kobold_sp_plugin.engines.samplers import samplers
 from kobold_sp_plugin.engines.transformers import TransformersEngine
-from kobold_sp_plugin.engines.vllm import VllmServer
+from kobold_sp_plugin.engines.vllm import VllmServer, lacking_in_vllm
 from kobold_sp_plugin.errors import ContextExceeded, EngineRefused, EngineUnreachable, WidthMismatch, WrongModel
+from kobold_sp_plugin.soft_tokens import attached
 from kobold_sp_plugin.softprompt import Order, Scale
 from tests.models import COMMON, softprompt, tiny_tokenizer
 
@@ -117,7 +120,27 @@ SETTINGS = {
     "in front": GenerationSettings(INSIDE + "The door", max_length=16, temperature=0),
     "stop": GenerationSettings("and", max_length=24, temperature=0, rep_pen=1.3, stop_sequence=("O",)),
     "empty": GenerationSettings("", max_length=8, temperature=0),
+    "samplers": GenerationSettings(
+        "The door opened and",
+        max_length=24,
+        temperature=0,
+        presence_penalty=2.0,
+        frequency_penalty=0.5,
+        logit_bias=((40, 3.0), (41, -3.0)),
+        bad_words=("e",),
+        ban_eos=True,
+    ),
 }
+
+
+OTHERS = {"like several": [softprompt(9, 40, 128), softprompt(10, 3, 128)]}
+
+
+def n_from_cache(url):
+    """Tokens of prompts that the server has found in its prefix cache since it was started, as it counts them."""
+    with urllib.request.urlopen(url + "/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:prefix_cache_hits_total{"))
 
 
 def expected(engine):
@@ -132,13 +155,9 @@ def expected(engine):
 
 def largest_difference(engine, of, softprompts):
     """Between the logarithms of the likeliest tokens' probabilities, and whose they should be."""
-    import math
-
     found = of._next_tokens("The door opened and", softprompts)
     handle_ids = torch.tensor([engine.token_ids("The door opened and")])
     with torch.no_grad(), engine.override(softprompts):
-        from kobold_sp_plugin.soft_tokens import attached
-
         logits = engine.model(**attached(engine.model).prepend(handle_ids)).logits[0, -1].log_softmax(-1)
     return max(abs(logits[int(str(token).rpartition(":")[2])].item() - math.log(p)) for token, p in found.items())
 
@@ -166,10 +185,14 @@ def test_a_server_writes_what_transformers_writes(family, tmp_path, trusted):
             }
         assert max(differences.values()) < 1e-3
 
-        # The soft prompt's rows are read once: whole blocks of 32 are found in the cache.
-        body = vllm._prompt(SETTINGS["greedy"], SOFT["several"])
-        used = [vllm._remote.ask(body.route, {**body.body, "max_tokens": 1}) for _ in range(2)][1]["usage"]
-        assert used["prompt_tokens_details"]["cached_tokens"] == 32
+        # The soft prompts' rows are read once: of 43, a whole block of 32 is found in the cache, whatever text follows.
+        counted = [n_from_cache(url)]
+        for prompt, soft in [("Nobody", "several"), ("Rain", "several"), ("Rain", "like several"), ("He", "several")]:
+            "".join(vllm.generate(GenerationSettings(prompt, max_length=2, temperature=0), {**SOFT, **OTHERS}[soft]))
+            counted.append(n_from_cache(url))
+        found = [after - before for before, after in zip(counted, counted[1:])]
+        print("tokens from the prefix cache, by the server's counter:", found)
+        assert found == [32, 32, 0, 32], "they were read above; others of the same length never share"
 
         with pytest.raises(WidthMismatch):
             vllm.select([softprompt(0, 4, 32)])
@@ -211,7 +234,7 @@ if __name__ == "__main__":
     from kobold_sp_plugin.engines.vllm_in_process import VllmInProcess
     from tests.engines import test_vllm as cases
     llm = LLM(sys.argv[1], enable_prompt_embeds=True, dtype="float32", enforce_eager=True, max_model_len=250,
-              block_size=32, tensor_parallel_size=int(sys.argv[2]))
+              block_size=32, tensor_parallel_size=int(sys.argv[2]), disable_log_stats=False)
     engine = VllmInProcess(llm)
     written = {f"{soft} {case}": "".join(engine.generate(settings, cases.SOFT[soft]))
                for soft in cases.SOFT for case, settings in cases.SETTINGS.items()}
@@ -220,30 +243,103 @@ if __name__ == "__main__":
         engine.generate(cases.SETTINGS["greedy"], [cases.softprompt(0, 4, 32)])
     except cases.WidthMismatch:
         again = "".join(engine.generate(cases.SETTINGS["greedy"], cases.SOFT["before"]))
-    print("\\n" + json.dumps([written, tokens, again]), flush=True)
+    def hits():
+        return sum(each.value for each in llm.get_metrics() if each.name == "vllm:prefix_cache_hits")
+    counted = [hits()]
+    for prompt, soft in [("Nobody", "several"), ("Rain", "several"), ("Rain", "like several"), ("He", "several")]:
+        settings = cases.GenerationSettings(prompt, max_length=2, temperature=0)
+        "".join(engine.generate(settings, {**cases.SOFT, **cases.OTHERS}[soft]))
+        counted.append(hits())
+    print("\\n" + json.dumps([written, tokens, again, counted]), flush=True)
 """
+
+
+def in_process(folder, tmp_path, script, *more, ranks=1):
+    """What a script says, in its last line of JSON, in an interpreter with vLLM."""
+    (tmp_path / "script.py").write_text(script)
+    environment = {**ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": "0|1" if ranks == 2 else "0"}
+    command = [PYTHON, str(tmp_path / "script.py"), str(folder), *more]
+    done = subprocess.run(command, stdout=subprocess.PIPE, env=environment, cwd=tmp_path)
+    assert done.returncode == 0
+    lines = [line for line in done.stdout.decode().splitlines() if line.startswith("[{")]
+    return json.loads(lines[-1])
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_in_its_own_process_it_writes_what_transformers_writes(family, tmp_path, ranks):
     folder, engine = family
-    script = tmp_path / "script.py"
-    script.write_text(IN_PROCESS)
-    environment = {**ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": "0|1" if ranks == 2 else "0"}
-    done = subprocess.run(
-        [PYTHON, str(script), str(folder), str(ranks)], stdout=subprocess.PIPE, env=environment, cwd=tmp_path
-    )
-    assert done.returncode == 0
-    lines = [line for line in done.stdout.decode().splitlines() if line.startswith("[{")]
-    written, tokens, again = json.loads(lines[-1])
+    written, tokens, again, counted = in_process(folder, tmp_path, IN_PROCESS, str(ranks), ranks=ranks)
 
     class Told:
         def __init__(self, soft):
             self._next_tokens = lambda *_: tokens[soft]
 
     differences = {soft: largest_difference(engine, Told(soft), SOFT[soft]) for soft in SOFT}
-    print(folder.name, f"{ranks} ranks", differences, file=sys.stderr)
+    found = [after - before for before, after in zip(counted, counted[1:])]
+    print(folder.name, f"{ranks} ranks", differences, "from the prefix cache:", found)
     texts = expected(engine)
     assert written == texts
     assert again == texts["before greedy"]
     assert max(differences.values()) < 1e-3
+    assert found == [32, 32, 0, 32], "as the engine counts them; others of the same length never share"
+
+
+SAMPLERS = """
+import json, math, sys, threading
+if __name__ == "__main__":
+    from vllm import LLM
+    from kobold_sp_plugin.engines.vllm import sampling
+    from kobold_sp_plugin.engines.vllm_in_process import VllmInProcess
+    from tests.engines import test_vllm as cases
+    llm = LLM(sys.argv[1], enable_prompt_embeds=True, dtype="float32", enforce_eager=True, max_model_len=250,
+              block_size=32, logprobs_mode="processed_logprobs", max_logprobs=-1)
+    engine = VllmInProcess(llm)
+    left = {}
+    for name, given in cases.DRAWN.items():
+        settings = cases.drawn(given)
+        body = {**sampling(settings, engine._banned(settings)), "max_tokens": 1, "logprobs": -1}
+        body["logit_bias"] = {int(token): bias for token, bias in body.get("logit_bias", {}).items()} or None
+        prompt = engine._prompt(engine._reader.ids(settings.prompt), cases.SOFT["before"])
+        (output,) = engine._outputs(prompt, body, threading.Event())
+        told = {token: each.logprob for token, each in output.logprobs[0].items()}
+        left[name] = {token: math.exp(value) for token, value in told.items() if value > -50}
+    print("\\n" + json.dumps([left]), flush=True)
+"""
+
+DRAWN = {
+    "temperature": {"temperature": 1.7},
+    "top-k": {"temperature": 0.7, "top_k": 12},
+    "top-p": {"top_p": 0.8},
+    "top-p, temperature first": {"temperature": 1.5, "top_p": 0.8, "sampler_order": (6, 5, 0, 1, 2, 3, 4)},
+    "min-p": {"min_p": 0.05},
+    "min-p, temperature last": {"temperature": 2.0, "min_p": 0.05},
+    "min-p, temperature first": {"temperature": 2.0, "min_p": 0.05, "sampler_order": (6, 5, 0, 1, 2, 3, 4)},
+    "repetition penalty": {"rep_pen": 1.4},
+    "logit bias": {"logit_bias": ((40, 4.0), (41, -4.0))},
+    "banned": {"bad_words": ("e", "a"), "ban_eos": True},
+    "together": {"temperature": 0.8, "top_k": 20, "rep_pen": 1.2, "logit_bias": ((40, 4.0),)},
+}
+
+
+def drawn(given):
+    return GenerationSettings("The door opened and", **{"temperature": 1.0, "top_p": 1.0, "max_length": 1, **given})
+
+
+def test_its_samplers_leave_what_koboldais_leave(family, tmp_path):
+    folder, engine = family
+    if folder.name != "llama":
+        pytest.skip("one family is enough")
+    (told,) = in_process(folder, tmp_path, SAMPLERS)
+    ids = torch.tensor([engine.token_ids("The door opened and")])
+    with torch.no_grad(), engine.override(SOFT["before"]):
+        logits = engine.model(**attached(engine.model).prepend(ids)).logits[:, -1]
+    for name, given in DRAWN.items():
+        settings = drawn(given)
+        assert not lacking_in_vllm(settings), name
+        chosen = samplers(settings, ids.shape[1], engine._end_ids(), engine._reader.texts, False)
+        expected = chosen(ids, logits).softmax(-1)[0]
+        found = torch.zeros_like(expected)
+        for token, probability in told[name].items():
+            found[int(token)] = probability
+        assert (found - expected).abs().max() < 1e-4, name
+        assert torch.equal(found > 1e-9, expected > 1e-9), name

@@ -13,10 +13,13 @@ import gguf_files
 
 from kobold_sp_plugin import SoftPrompt, attach
 from kobold_sp_plugin.engines import GenerationSettings, Tokenizing
+from kobold_sp_plugin.engines.gguf_model import token_texts
 from kobold_sp_plugin.engines.llama_bindings import Decoder, library
 from kobold_sp_plugin.engines.llama_cpp import LlamaCppEngine
+from kobold_sp_plugin.engines.samplers import samplers
 from kobold_sp_plugin.errors import ContextExceeded, ModelError, NoModel, WidthMismatch
 from kobold_sp_plugin.export import lora, model_copy, slot
+from kobold_sp_plugin.gguf.reading import read
 from kobold_sp_plugin.session import Session
 from kobold_sp_plugin.soft_tokens.text import tokenised, without_soft_tokens
 from kobold_sp_plugin.softprompt import TaggedText
@@ -204,6 +207,56 @@ class TestSoftPromptsInText:
     def test_another_width_is_refused(self, llama):
         with pytest.raises(WidthMismatch):
             text_of(llama.engine, prompt="The " + SoftPrompt(np.zeros((1, 8), np.float32)) + "door")
+
+
+DRAWN = {
+    "temperature": {"temperature": 1.6},
+    "top-k": {"top_k": 3},
+    "top-a": {"top_a": 8.0},
+    "top-p": {"top_p": 0.5},
+    "min-p": {"min_p": 0.3},
+    "tail free": {"tfs": 0.5},
+    "typical": {"typical": 0.4},
+    "repetition penalty": {"rep_pen": 1.5},
+    "its range and slope": {"rep_pen": 4.0, "rep_pen_range": 20, "rep_pen_slope": 2.0},
+    "OpenAI's penalties": {"presence_penalty": 2.0, "frequency_penalty": 1.0},
+    "logit bias": {"logit_bias": ((310, 5.0), (311, -100.0))},
+    "banned words": {"bad_words": ("k", "bj", "o")},
+    "an order": {"top_p": 0.7, "temperature": 2.0, "rep_pen": 1.3, "sampler_order": (5, 0, 1, 2, 3, 4, 6)},
+    "KoboldAI's own": {"temperature": 0.5, "top_p": 0.9, "rep_pen": 1.1, "rep_pen_range": 1024, "rep_pen_slope": 0.7},
+}
+
+
+class TestSamplers:
+    """With a seed, drawing gives the text that transformers gives with the same samplers."""
+
+    def expected(self, llama, settings, stack):
+        decoder, ids = llama.engine._decoder, torch.tensor([llama.ids])
+        chosen = samplers(settings, ids.shape[1], decoder.ends(), llama.engine.token_texts, False)
+        torch.manual_seed(settings.seed)
+        off = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "eos_token_id": 2}
+        with attach(llama.model).override(stack), torch.no_grad(), torch.random.fork_rng():
+            made = llama.model.generate(
+                ids, attention_mask=ids > 0, max_new_tokens=settings.max_length, logits_processor=chosen, **off
+            )
+        return decoder.text_of(made[0].tolist())[len(decoder.text_of(llama.ids)) :]
+
+    @pytest.mark.parametrize("name", DRAWN)
+    def test_each_does_what_koboldai_says(self, llama, name):
+        settings = {"temperature": 1.0, "top_p": 1.0, "max_length": 40, "seed": 5}
+        stack = [softprompt()]
+        found = text_of(llama.engine, stack, **{**settings, **DRAWN[name]})
+        assert found == self.expected(llama, GenerationSettings(PROMPT, **{**settings, **DRAWN[name]}), stack)
+        assert found != text_of(llama.engine, stack, **settings), "it makes a difference"
+
+    def test_the_end_can_be_banned(self, llama):
+        settings = {"temperature": 1.0, "top_p": 1.0, "max_length": 40, "seed": 5}
+        wants_to_end = {**settings, "logit_bias": ((2, 100.0),)}
+        assert text_of(llama.engine, **wants_to_end) == ""
+        assert text_of(llama.engine, **wants_to_end, ban_eos=True) == text_of(llama.engine, **settings)
+
+    def test_what_tokens_add_to_a_text_is_read_from_the_file_as_well(self, llama):
+        assert token_texts(read(llama.path)) == llama.engine.token_texts()
 
 
 class TestEngine:
