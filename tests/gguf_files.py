@@ -1,5 +1,7 @@
 """Tiny models of transformers as GGUF files in float32, written with the ``gguf`` library."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -79,6 +81,23 @@ def tiny(family, seed=0):
         if not config.tie_word_embeddings:
             model.lm_head.weight[[number for number, (_, kind) in enumerate(TOKENS) if kind != NORMAL]] = 0
     return model
+
+
+@contextmanager
+def as_llama_cpp_computes(model):
+    """Have Gemma's activation be computed as llama.cpp does on a CPU: read from a table of half precision."""
+
+    def of_table(x):
+        half = torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
+        return torch.where(x <= -10, torch.zeros_like(x), torch.where(x >= 10, x, half))
+
+    layers = [layer.mlp for layer in model.model.layers if "gelu" in str(getattr(layer.mlp, "act_fn", "")).lower()]
+    hooks = [each.act_fn.register_forward_hook(lambda _, given, __: of_table(given[0])) for each in layers]
+    try:
+        yield
+    finally:
+        for each in hooks:
+            each.remove()
 
 
 def write(model, path, embedding=None, unlike=None, template=None):

@@ -121,3 +121,29 @@ def counting(model):
         yield calls
     finally:
         handle.remove()
+
+
+def outlives(server, kill, long_text):
+    """A server of ours goes on when the engine behind it is ended in the middle of a text, and says what is wrong.
+
+    Two soft prompts, ``noir.zip`` and ``sea.zip``, are in its folder. ``kill`` ends the engine; ``long_text``: fields
+    of a request that takes a while.
+    """
+    ask = asking(server)
+    assert ask("PUT", "/api/extra/softprompts", {"selection": ["noir.zip"]}).status == 200
+    with reading(server, "/api/extra/generate/stream", long_text) as response:
+        assert response.status == 200
+        begun = response.readline()
+        kill()
+        events = as_lite_reads(begun + response.read())
+    assert [event for event, _ in events].count("error") == 1 and events[-1][0] == "error"
+    assert "closed the connection" in events[-1][1]["msg"] or "No answer" in events[-1][1]["msg"]
+    answer = ask("POST", "/api/v1/generate", GREEDY)
+    assert answer.status == 503 and "No answer from" in answer.json["detail"]["msg"]
+    assert ask("POST", "/v1/completions", {"prompt": "The"}).status == 503
+    with connected(server) as client:
+        client.emit("generate", {"id": "1", **GREEDY})
+        assert "No answer from" in hears(client, "generation", 30, id="1", state="error")["error"]
+        client.emit("load_softprompt", "sea.zip")  # which is taken; that its effect cannot be measured is told
+        while "No answer from" not in hears(client, "softprompts", 30, selection=["sea.zip"])["notice"]:
+            pass

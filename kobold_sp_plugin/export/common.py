@@ -1,7 +1,11 @@
 """What all exports share: rows that fit the model, and names for soft tokens."""
 
+import os
 import re
-from typing import List, NamedTuple, Tuple
+import shlex
+import subprocess
+from pathlib import Path
+from typing import List, NamedTuple, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -56,12 +60,39 @@ def slug(softprompt: SoftPrompt) -> str:
     return re.sub(r"[^a-z0-9]+", "_", softprompt.name.lower()).strip("_")[:_LONGEST] or "soft"
 
 
-def with_start(softprompt: SoftPrompt, tokens: List[int], model: ModelFile) -> str:
-    """The beginning of an array of ids and text, as llama-server takes it for ``prompt``: the text comes after it."""
+def shell(path: Union[str, Path]) -> str:
+    """A path as a command line of this machine has it."""
+    return shlex.quote(str(path)) if os.name == "posix" else subprocess.list2cmdline([str(path)])
+
+
+def request(softprompt: SoftPrompt, tokens: Sequence[int], model: ModelFile) -> str:
+    """The body of a request that llama-server takes: ids, and the text after them."""
+    ids = ", ".join(map(str, _with_start(softprompt, tokens, model)))
+    return f'{{"prompt": [{ids}, "your text"]}}'
+
+
+def program(
+    softprompt: SoftPrompt, tokens: Sequence[int], model: ModelFile, banned: Sequence[int] = (), **options: str
+) -> str:
+    """A line of Python for llama-cpp-python.
+
+    ``banned``: ids in a row that it must be kept from drawing. ``options``: the names of files, by what ``Llama``
+    calls them.
+    """
+    ids = ", ".join(map(str, _with_start(softprompt, tokens, model)))
+    given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    bias = f", logit_bias=dict.fromkeys(range({banned[0]}, {banned[-1] + 1}), -1e9)" if banned else ""
+    return (
+        f"from llama_cpp import Llama; llm = Llama({given}, n_ctx=0); "
+        f'llm.create_completion([{ids}, *llm.tokenize(b"your text", add_bos=False)]{bias})'
+    )
+
+
+def _with_start(softprompt: SoftPrompt, tokens: Sequence[int], model: ModelFile) -> List[int]:
+    """What stands before a text: soft tokens, and what every text begins with."""
     bos = model.number("tokenizer.ggml.bos_token_id")
     parts = [] if bos is None else [bos]
-    parts = [*parts, *tokens] if softprompt.order is Order.AFTER_BOS else [*tokens, *parts]
-    return ", ".join(map(str, parts))
+    return [*parts, *tokens] if softprompt.order is Order.AFTER_BOS else [*tokens, *parts]
 
 
 def order_note(softprompt: SoftPrompt) -> Tuple[str, ...]:

@@ -17,7 +17,7 @@ from ..formats.writing import replacing
 from ..gguf import writing
 from ..gguf.reading import EMBEDDING, F32, Q4_0, ModelFile, read
 from ..softprompt import SoftPrompt
-from .common import Export, check, order_note, rows_in_matrix, with_start
+from .common import Export, check, order_note, program, request, rows_in_matrix, shell
 
 _RESERVED = re.compile(
     rb"<\|?(reserved|unused|extra|dummy|placeholder|special_?\d|pad_?\d)[^>]*>|\[(control|unused|pad)_?\d+\]", re.I
@@ -70,16 +70,18 @@ def export(softprompt: SoftPrompt, model: Union[str, Path], path: Union[str, Pat
     types = found.integers("tokenizer.ggml.token_type")
     typed = all(types[each] in _TYPED for each in tokens)
     text = b"".join(names[each] for each in tokens).decode("utf-8", "replace") if typed else ""
-    ids = with_start(softprompt, tokens, found)
     place = (
-        "put the soft tokens at the beginning of Memory" if typed else "not with this model: its tokens have no text"
+        "put the soft tokens (below) at the beginning of Memory"
+        if typed
+        else "but not with this model: its tokens have no text"
     )
-    name = Path(path).name
     usage = (
-        f'llama-server: start it with --lora {name}, and send "prompt": [{ids}, "your text"]; '
-        '"lora": [{"id": 0, "scale": 0.0}] leaves the soft prompt out.',
-        f"koboldcpp: start it with --lora {name}; {place}.",
-        f'llama-cpp-python: Llama(model, lora_path="{name}"), and generate from the ids [{ids}] and those of the text.',
+        f"llama-server: `llama-server -m {shell(model)} --lora {shell(path)}`, and POST to /completion "
+        f'`{request(softprompt, tokens, found)}`; with `"lora": [{{"id": 0, "scale": 0.0}}]` in it, the soft prompt is '
+        "left out.",
+        f"koboldcpp: `koboldcpp --model {shell(model)} --lora {shell(path)}`, and {place}.",
+        "llama-cpp-python: "
+        f"`{program(softprompt, tokens, found, model_path=os.fspath(model), lora_path=os.fspath(path))}`.",
     )
     return Export(str(path), tuple(tokens), text, os.path.getsize(path), order_note(softprompt) if typed else (), usage)
 

@@ -17,7 +17,7 @@ from ..gguf import writing
 from ..gguf.families import may_untie
 from ..gguf.reading import BF16, EMBEDDING, F16, F32, OUTPUT, Field, ModelFile, Tensor, kind_name, read, row_bytes
 from ..softprompt import SoftPrompt
-from .common import Export, check, order_note, rows_in_matrix, slug, with_start
+from .common import Export, check, order_note, program, request, rows_in_matrix, shell, slug
 
 _AT_ONCE = 2**22
 _ROWS_AT_ONCE = 1024
@@ -49,14 +49,16 @@ def export(softprompt: SoftPrompt, model: Union[str, Path], path: Union[str, Pat
         tensors = _tensors(found, rows, source, notes)
         writing.write(file, fields, tensors, found.alignment)
     text = "".join(names)
-    ids = with_start(softprompt, tokens, found)
-    name = Path(path).name
-    ban = f'"logit_bias": [[{tokens[0]}, false], …]'
+    notes.append(
+        "Soft tokens are listed as ones to suppress, which llama.cpp 0.5.0 and later obeys. Where an engine draws them "
+        f"nevertheless, which shows as nothing, ban the ids {tokens[0]} to {tokens[-1]}."
+    )
     usage = (
-        f"koboldcpp, LM Studio and others: open {name} in place of the model, and put the soft tokens (below) at the "
-        "beginning of Memory or of the system prompt; without them the model is as it was.",
-        f'llama-server: start it with -m {name}, and send "prompt": [{ids}, "your text"], or the soft tokens as text.',
-        f"Older engines could draw soft tokens by themselves, which shows as nothing; there send {ban}.",
+        f"koboldcpp, LM Studio and others: open {Path(path).name} in place of the model, and put the soft tokens "
+        "(below) at the beginning of Memory or of the system prompt; without them the model is as it was.",
+        f"llama-server: `llama-server -m {shell(path)}`, and POST to /completion "
+        f"`{request(softprompt, tokens, found)}`, or the soft tokens and your text as one text.",
+        f"llama-cpp-python: `{program(softprompt, tokens, found, tokens, model_path=os.fspath(path))}`.",
     )
     return Export(str(path), tuple(tokens), text, os.path.getsize(path), (*notes, *order_note(softprompt)), usage)
 
@@ -111,7 +113,10 @@ def _tensors(model: ModelFile, rows: np.ndarray, source: BinaryIO, notes: List[s
             "The model's head was its embedding; the copy has it twice, so that no soft token is ever likely to come."
         )
     elif model.tied:
-        notes.append("The model's head is its embedding, so that soft tokens could come where an engine lets them.")
+        notes.append(
+            "The model's head is its embedding: an engine that does not obey that list (llama-cpp-python by itself "
+            "does not) draws soft tokens soon."
+        )
     return found
 
 

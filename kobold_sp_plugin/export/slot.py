@@ -1,5 +1,6 @@
 """A saved state for llama-server's slots."""
 
+import json
 import os
 from pathlib import Path
 from typing import Union
@@ -7,7 +8,7 @@ from typing import Union
 from ..engines.slots import write_slot
 from ..gguf.reading import read
 from ..softprompt import SoftPrompt
-from .common import Export, check
+from .common import Export, check, shell
 
 
 def export(softprompt: SoftPrompt, model: Union[str, Path], path: Union[str, Path], cache_type: str = "f16") -> Export:
@@ -23,10 +24,12 @@ def export(softprompt: SoftPrompt, model: Union[str, Path], path: Union[str, Pat
     start = [] if slot.takes_bos or bos is None else [bos]
     ids = ", ".join(map(str, [*slot.ids, *start]))
     folder, name = os.path.split(os.path.abspath(path))
+    types = "" if cache_type == "f16" else f" -ctk {cache_type} -ctv {cache_type} -fa off"
+    window = " --swa-full" if found.of_architecture("attention.sliding_window") else ""
     usage = (
-        f'llama-server: start it with -m {Path(model).name} --slot-save-path "{folder}"; before each request, '
-        f'POST /slots/0?action=restore {{"filename": "{name}"}}',
-        f'then POST /completion {{"prompt": [{ids}, "your text"], "id_slot": 0, "cache_prompt": true}}',
+        f"llama-server: `llama-server -m {shell(model)} --slot-save-path {shell(folder)} -np 1{types}{window}`; before "
+        f'each request POST to /slots/0?action=restore `{{"filename": {json.dumps(name)}}}`',
+        f'then POST to /completion `{{"prompt": [{ids}, "your text"], "id_slot": 0, "cache_prompt": true}}`',
         f"and see that timings.cache_n is at least {len(slot.ids)}: with less it has answered without the soft prompt. "
         "kobold-sp serve --engine llama-server does all this for every front end.",
     )

@@ -27,6 +27,8 @@ _ROOMS = {"1": (OLD_UI,), "2": (UI2,)}
 """KoboldAI's pages say which of them they are (``?ui=``); who does not say it hears both."""
 _ENDS = ("done", "stopped", "error")
 _LONGEST_ID = 200
+_SILENT_SECONDS = 60.0
+"""How long a client may neither send the rest of its request nor take what is written to it."""
 _LAST_ANSWERS_SECONDS = 2.0
 """How long closing waits for answers that are under way; a client may take one and read no further."""
 
@@ -193,13 +195,17 @@ class _Quiet(WSGIRequestHandler):
     """Writes errors to the log, and not every request; sends each piece of a text when it is written."""
 
     disable_nagle_algorithm = True
+    timeout = _SILENT_SECONDS  # else whoever stops in the middle of a request keeps a thread for ever
 
     def log_request(self, code: Any = "-", size: Any = "-") -> None:
         pass
 
     def run_wsgi(self) -> None:
+        is_socket = "Upgrade" in self.headers
+        if is_socket:  # Engine.IO sees to it that its clients are there
+            self.connection.settimeout(None)
         super().run_wsgi()
-        if "Upgrade" in self.headers:  # it was a WebSocket: what may still come is no request
+        if is_socket:  # what may still come is no request
             self.close_connection = True
 
 

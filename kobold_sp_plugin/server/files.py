@@ -6,6 +6,7 @@ Everything below ``/api/extra/softprompts``. Errors are the API's: ``{"detail": 
 import errno
 import io
 import os
+import socket
 import threading
 from typing import Any, Dict, Optional, Tuple
 
@@ -152,7 +153,7 @@ def add_files(app: Flask, session: Session, characters: Characters) -> None:
 
     @files.errorhandler(OSError)
     def failed(error: OSError) -> Any:
-        if isinstance(error, ConnectionError):
+        if isinstance(error, (ConnectionError, socket.timeout)):
             return _answer(400, f"The file did not come in full: {error}.")
         status = 507 if error.errno in _FULL else 403
         return _answer(status, f"The softprompts folder cannot be changed: {error.strerror or type(error).__name__}.")

@@ -6,18 +6,29 @@ from typing import Any, Callable, Sequence
 import torch
 import torch.utils.checkpoint
 
+from ..errors import UnsupportedModel
 from ..patching import patch
 
 _UNFUSED = ("NewGELUActivation", "FastGELUActivation") if torch.__version__ >= (1, 12) else ()
 """Transformers' tanh approximation of GELU (GPT-2, GPT-Neo, GPT-J ...), step by step: eight operators, most of which
 keep a tensor of the width of the layer's inside. In torch 1.11 there is no such operator."""
+_PACKS = "support_avx512bf16_for_cpu"
+"""A flag of bitsandbytes' 4-bit layers, on some processors: at the first look without gradients they pack their weights
+into a form that nothing can be differentiated through."""
 
 
 def frozen(model: Any, checkpoint_layers: bool) -> Callable[[], None]:
     """Freeze ``model``, in place and in evaluation mode; returns what takes that back.
 
     With ``checkpoint_layers`` its layers keep nothing but their input for the backward pass.
+
+    Raises :class:`UnsupportedModel` for a 4-bit model on a CPU that bitsandbytes has made ready for generating alone.
     """
+    for module in model.modules():
+        if getattr(getattr(module, "quant_state", None), "packing_format_for_cpu", False):
+            raise UnsupportedModel(
+                "On this processor a 4-bit model that has generated text can no longer be trained through. Load it anew."
+            )
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     modes = [module for module in model.modules() if module.training]
     for parameter in learning:
@@ -26,6 +37,9 @@ def frozen(model: Any, checkpoint_layers: bool) -> Callable[[], None]:
     hooks = [patch(module, "forward", _gelu) for module in model.modules() if type(module).__name__ in _UNFUSED]
     if checkpoint_layers:
         hooks += [patch(layer, "forward", _recomputed) for layer in _layers(model)]
+    packing = [module for module in model.modules() if getattr(module, _PACKS, False)]
+    for module in packing:
+        setattr(module, _PACKS, False)
 
     def restore() -> None:
         for hook in hooks:
@@ -34,6 +48,8 @@ def frozen(model: Any, checkpoint_layers: bool) -> Callable[[], None]:
             parameter.requires_grad_(True)
         for module in modes:
             module.training = True
+        for module in packing:
+            setattr(module, _PACKS, True)
 
     return restore
 

@@ -1,7 +1,7 @@
 """From a plan to a soft prompt in its folder, and a report: what ``kobold-sp train`` does."""
 
 import os
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, Callable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
@@ -52,8 +52,7 @@ def make(
             raise AlreadyRunning(f"{output} is there since a moment ago. Start again for another version.")
         start = [SoftPrompt.load(path) for path in plan.start_from] or None
         model, tokenizer, name = load_model(plan.model, plan.precision, plan.sharded)
-        training = Training(model, tokenizer, plan.data, plan.settings, work, start)
-        try:
+        with closing(Training(model, tokenizer, plan.data, plan.settings, work, start)) as training:
             on_begun(training)
             beginnings = openings(training.dataset, training.openings_from, tokenizer)
             for progress in training.run():
@@ -64,21 +63,19 @@ def make(
                 asked, *_ = processes.sums((float(is_stopped()),), training.rows.parameter.device)
                 if asked and progress.step < progress.steps:
                     return None
-        finally:
-            training.close()
-        trained = training.softprompt()
-        own = {**trained.metadata[OWN_KEY]}
-        own["training"] = {**own["training"], "model": metadata.get("model") or name, "precision": plan.precision}
-        about = {key: value for key, value in metadata.items() if key != "model"}
-        softprompt = SoftPrompt(trained.rows, {**about, OWN_KEY: own})
-        result = Result(
-            softprompt,
-            training.history,
-            own["training"]["model"],
-            _nearest(model, tokenizer, softprompt.rows),
-            samples(model, tokenizer, softprompt, beginnings, plan.settings.seed),
-            remarks,
-        )
+            trained = training.softprompt()
+            own = {**trained.metadata[OWN_KEY]}
+            own["training"] = {**own["training"], "model": metadata.get("model") or name, "precision": plan.precision}
+            about = {key: value for key, value in metadata.items() if key != "model"}
+            softprompt = SoftPrompt(trained.rows, {**about, OWN_KEY: own})
+            result = Result(
+                softprompt,
+                training.history,
+                own["training"]["model"],
+                _nearest(model, tokenizer, softprompt.rows),
+                samples(model, tokenizer, softprompt, beginnings, plan.settings.seed),
+                remarks,
+            )
         if processes.is_first():
             output.parent.mkdir(parents=True, exist_ok=True)
             formats.save(softprompt, output)

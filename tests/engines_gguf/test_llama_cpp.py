@@ -93,6 +93,13 @@ def test_it_is_as_in_transformers(pair, name):
     assert text_of(pair.engine, stack) == pair.text(stack), "once more, from what was kept"
 
 
+@pytest.mark.parametrize("name", STACKS)
+def test_what_is_left_of_a_difference_is_how_gelu_is_computed(pair, name):
+    stack = STACKS[name]
+    with gguf_files.as_llama_cpp_computes(pair.model):
+        assert np.abs(pair.engine.logits(pair.ids, stack) - pair.logits(stack)).max() < 1e-4
+
+
 def test_a_copy_of_the_model_reads_its_soft_tokens_as_the_rows(pair, tmp_path):
     made = model_copy.export(softprompt(), pair.path, tmp_path / "copy.gguf")
     copy = LlamaCppEngine(made.path, cache_type="f32")

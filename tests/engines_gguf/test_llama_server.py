@@ -1,22 +1,21 @@
 """An unmodified llama-server; its program's path is in the environment variable ``KOBOLD_SP_LLAMA_SERVER``."""
 
-import os
 import socket
-import subprocess
 import threading
-import time
 from contextlib import closing
 
-import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 import gguf_files
+from llama_servers import EXACT, PROGRAM, Server, softprompt
+from serving import GREEDY, asking, eventually, outlives
 
-from kobold_sp_plugin import SoftPrompt
 from kobold_sp_plugin.engines import GenerationSettings, Tokenizing
 from kobold_sp_plugin.engines.llama_cpp import LlamaCppEngine
-from kobold_sp_plugin.engines.llama_server import LlamaServerEngine
+from kobold_sp_plugin.engines.llama_server import LlamaServerEngine, _request
+from kobold_sp_plugin.engines.samplers import samplers
 from kobold_sp_plugin.errors import (
     EngineRefused,
     EngineUnreachable,
@@ -25,47 +24,14 @@ from kobold_sp_plugin.errors import (
     UnsupportedCall,
     WrongModel,
 )
+from kobold_sp_plugin.server import app as host
 from kobold_sp_plugin.server.generation_queue import GenerationQueue
 from kobold_sp_plugin.session import Session
 
-PROGRAM = os.environ.get("KOBOLD_SP_LLAMA_SERVER")
 pytestmark = [
     pytest.mark.llama_cpp,
     pytest.mark.skipif(not PROGRAM, reason="KOBOLD_SP_LLAMA_SERVER names no llama-server"),
 ]
-
-EXACT = ("-ctk", "f32", "-ctv", "f32", "-fa", "off", "--swa-full", "--cache-ram", "0")
-
-
-def softprompt(seed=1, n_tokens=37, **options):
-    rows = np.random.default_rng(seed).normal(size=(n_tokens, gguf_files.WIDTH)).astype(np.float32) * 0.3
-    return SoftPrompt(rows, {"name": "noir"}, **options)
-
-
-class Server:
-    """A llama-server with one model, on a free port."""
-
-    def __init__(self, model, folder, *options):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url, self.model, self.folder = f"http://127.0.0.1:{port}", str(model), folder
-        command = [PROGRAM, "-m", self.model, "--port", str(port), "--slot-save-path", f"{folder}/", "-c", "512"]
-        command += ["-t", "1", "-tb", "1", "--no-warmup", *options]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for _ in range(200):
-            try:
-                return self.engine() and None
-            except EngineUnreachable:
-                time.sleep(0.1)
-        raise AssertionError("the server did not start")
-
-    def engine(self, **options):
-        return LlamaServerEngine(self.url, self.model, self.folder, **{"cache_type": "f32", **options})
-
-    def close(self):
-        self.process.terminate()
-        self.process.wait()
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3", "gemma2", "gemma3"])
@@ -84,6 +50,36 @@ def llama(tmp_path_factory):
     made = Server(path, folder, "-np", "1", *EXACT)
     yield made
     made.close()
+
+
+@pytest.fixture(scope="module")
+def in_process(llama):
+    engine = LlamaCppEngine(llama.model, cache_type="f32")
+    yield engine
+    engine.close()
+
+
+DRAWN = {
+    "temperature": {"temperature": 1.6},
+    "top-k": {"top_k": 3},
+    "top-p": {"top_p": 0.5},
+    "min-p": {"min_p": 0.3},
+    "typical": {"typical": 0.4},
+    "repetition penalty": {"rep_pen": 1.5},
+    "its range": {"rep_pen": 1.5, "rep_pen_range": 4},
+    "logit bias": {"logit_bias": ((310, 5.0), (311, -100.0))},
+    "a banned letter": {"bad_words": ("o",)},
+    "no end": {"logit_bias": ((2, 10.0),), "ban_eos": True},
+    "an order": {"top_p": 0.7, "temperature": 2.0, "rep_pen": 1.3, "sampler_order": (5, 0, 1, 2, 3, 4, 6)},
+    "the usual order": {"top_p": 0.9, "top_k": 20, "typical": 0.9, "temperature": 0.6, "rep_pen": 1.1},
+}
+NAMED = {
+    "top-a": {"top_a": 0.2},
+    "tail free": {"tfs": 0.9},
+    "slope": {"rep_pen": 1.1, "rep_pen_range": 100, "rep_pen_slope": 0.7},
+    "OpenAI's penalties": {"presence_penalty": 1.0},
+    "a banned word": {"bad_words": ("the",)},
+}
 
 
 def text_of(engine, softprompts=(), prompt="The door opened and", **settings):
@@ -234,6 +230,89 @@ def test_a_server_that_is_down_is_an_error_and_the_session_goes_on(llama, tmp_pa
         queue.close()
         session.close()
         server.close()
+
+
+def test_it_dies_in_the_middle_of_a_text_and_comes_back(llama, tmp_path):
+    (tmp_path / "slots").mkdir()
+    for seed, name in enumerate(("noir", "sea")):
+        softprompt(seed).save(tmp_path / f"{name}.zip")
+    program = Server(llama.model, tmp_path / "slots", "-np", "1", *EXACT)
+    session = Session(tmp_path, program.engine())
+    try:
+        with host.Server(session, port=0) as server:
+            outlives(server, program.process.kill, {"prompt": "The door", "max_length": 400, "ban_eos_token": True})
+            program.close()
+            program = Server(llama.model, tmp_path / "slots", "-np", "1", *EXACT, port=program.port)
+            ask = asking(server)
+            assert ask("POST", "/api/v1/generate", GREEDY).text
+            ask("PUT", "/api/extra/softprompts", {"selection": ["sea.zip"]})
+            eventually(lambda: session.effect is not None)
+            assert session.status()["notice"] == ""
+
+            # Somebody starts it with another model of the same shape but another vocabulary.
+            program.close()
+            smaller = gguf_files.write(gguf_files.tiny("qwen3"), tmp_path / "other.gguf")
+            with pytest.raises(WrongModel):
+                program = Server(smaller, tmp_path / "slots", "-np", "1", *EXACT, port=program.port)
+                LlamaServerEngine(program.url, llama.model, tmp_path / "slots")
+            answer = ask("POST", "/api/v1/generate", GREEDY)
+            assert answer.status == 500 and "other.gguf loaded, and not" in answer.json["detail"]["msg"]
+            assert session.selection == ("sea.zip",)
+    finally:
+        session.close()
+        program.close()
+
+
+class TestSamplers:
+    """What is left to be drawn from, and how likely, is what KoboldAI's samplers leave."""
+
+    def left(self, server, **given):
+        """The probabilities of the next token, as the server draws from them; behind a soft prompt."""
+        engine = server.engine()
+        settings = GenerationSettings("The door opened and", **{"temperature": 1.0, "top_p": 1.0, **given})
+        request = {**_request(settings, engine.context, engine._banned(settings.bad_words)), "n_predict": 1}
+        request.update(n_probs=2 * len(gguf_files.TOKENS), post_sampling_probs=True)
+        ids = engine.token_ids(settings.prompt)
+        answers = list(engine._stream(request, [softprompt()], ids, threading.Event()))
+        (said,) = [each for answer in answers for each in answer.get("completion_probabilities") or ()]
+        found = torch.zeros(len(gguf_files.TOKENS))
+        for each in said["top_probs"]:
+            found[each["id"]] = each["prob"]
+        return settings, ids, engine, found
+
+    @pytest.mark.parametrize("name", DRAWN)
+    def test_each_does_what_koboldai_says(self, llama, in_process, name):
+        settings, ids, engine, found = self.left(llama, **DRAWN[name])
+        assert engine.lacking(settings) == ()
+        logits = torch.tensor(in_process.logits(ids, [softprompt()]))[None]
+        chosen = samplers(settings, len(ids), (2,), in_process.token_texts, False)
+        expected = chosen(torch.tensor([ids]), logits).softmax(-1)[0]
+        assert (found - expected).abs().max() < 1e-4
+        assert torch.equal(found > 0, expected > 0)
+
+    @pytest.mark.parametrize("name", NAMED)
+    def test_what_it_does_not_do_is_named(self, llama, name):
+        settings = GenerationSettings("The", **{"temperature": 1.0, "top_p": 1.0, **NAMED[name]})
+        assert len(llama.engine().lacking(settings)) == 1
+
+    def test_a_penalty_never_falls_on_what_stands_for_soft_tokens(self, llama, in_process):
+        given = {"rep_pen": 3.0, "max_length": 20, "temperature": 0.0, "rep_pen_range": 512}
+        for order in ("before_bos", "after_bos"):
+            stack = [softprompt(order=order)]
+            prompt = "The rain was in the door and she said that he was there"
+            # Of a text that is longer than what comes after it, what the penalty looks back at hardly moves.
+            assert (
+                text_of(llama.engine(), stack, prompt, **given)[:8] == text_of(in_process, stack, prompt, **given)[:8]
+            )
+
+    def test_the_same_seed_gives_the_same_text(self, llama):
+        texts = [text_of(llama.engine(), [softprompt()], temperature=1.0, top_p=1.0, seed=seed) for seed in (1, 1, 2)]
+        assert texts[0] == texts[1] != texts[2]
+
+    def test_a_banned_letter_never_comes(self, llama):
+        drawn = {"temperature": 1.5, "top_p": 1.0, "seed": 1, "max_length": 200, "ban_eos": True}
+        assert "e" in text_of(llama.engine(), [softprompt()], **drawn)
+        assert "e" not in text_of(llama.engine(), [softprompt()], **drawn, bad_words=("E",)).lower()
 
 
 def test_what_is_no_llama_server(llama):

@@ -26,7 +26,7 @@ pytestmark = [
         not (Path(CHECKOUT) / "node_modules").is_dir() or not CHECKOUT,
         reason="KOBOLD_SP_SILLYTAVERN names no checkout of SillyTavern with its node_modules",
     ),
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(600),
 ]
 ROOT = Path(__file__).resolve().parents[2]
 EXTENSION = ROOT / "hooks" / "sillytavern"
@@ -39,7 +39,7 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-START_SECONDS = 90
+START_SECONDS = 300
 HOSTILE = "<img src=x onerror=\"window.hacked = 'name'\">"
 
 

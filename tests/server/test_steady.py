@@ -12,12 +12,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import simple_websocket
 import torch
 from models import softprompt
 from serving import GREEDY, asking, eventually, reading, slowly
 
 from kobold_sp_plugin.engines import Ending, GenerationSettings
 from kobold_sp_plugin.errors import EngineUnreachable, UnsupportedCall
+from kobold_sp_plugin.server import app
 from kobold_sp_plugin.server.app import Server
 from kobold_sp_plugin.server.generation_queue import GenerationQueue
 
@@ -171,6 +173,30 @@ def test_a_failed_generation_lets_go_of_what_it_held(queue):
     generation = queue.submit(SimpleNamespace(generate=generate), GenerationSettings(""), ())
     assert generation.finished.wait(10)
     assert generation.error is not None and held[0]() is None
+
+
+def test_who_stops_in_the_middle_of_a_request_is_let_go(session, monkeypatch):
+    monkeypatch.setattr(app._Quiet, "timeout", 0.5)
+    before = sorted(session.catalogue.folder.iterdir())
+
+    def answer(port, sent):
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as line:
+            line.sendall(sent)
+            return line.makefile("rb").read()
+
+    with Server(session, port=0) as server:
+        quiet = simple_websocket.Client(f"ws://127.0.0.1:{server.port}/socket.io/?EIO=4&transport=websocket")
+        quiet.send("40")
+        assert answer(server.port, b"POST /api/v1/gen") == b""
+        for path in (b"/api/v1/generate", b"/api/extra/softprompts/files?filename=half.zip"):
+            head = b"POST %s HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\n\r\n" % path
+            assert b" 400 " in answer(server.port, head + b'{"prompt": "The').splitlines()[0]
+        assert sorted(session.catalogue.folder.iterdir()) == before
+        session.select("noir.zip")
+        heard = ""
+        while "noir.zip" not in heard.partition('"selection"')[2]:
+            heard = quiet.receive(timeout=10) or pytest.fail("the WebSocket was let go too")
+        quiet.close()
 
 
 def test_closing_tells_those_whose_text_is_not_whole(session, model):
