@@ -169,6 +169,11 @@ def user_data(folder, extension=True):
     return folder
 
 
+def has(package):
+    """Whether the host's Python can import ``package``."""
+    return subprocess.run([PYTHON, "-c", f"import {package}"], capture_output=True).returncode == 0
+
+
 def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -186,17 +191,19 @@ class Refused(Exception):
 class Host:
     """``server.py`` over ``data``, a folder of :func:`user_data`.
 
-    ``arguments`` go to its command line; it finds our package in ``packages``.
+    ``arguments`` go to its command line; it finds our package in ``packages``. ``cpu``: in 32 bits, whatever else it
+    is told.
     """
 
-    def __init__(self, data, *arguments, extension=True, webui=False, model="llama", packages=REPOSITORY):
+    def __init__(self, data, *arguments, extension=True, webui=False, model="llama", packages=REPOSITORY, cpu=True):
         self.data = Path(data)
         self.port, self.page_port = free_port(), free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.page = f"http://127.0.0.1:{self.page_port}/"
         self.webui = webui
         self.packages = packages
-        self.command = [PYTHON, "server.py", "--cpu", "--user-data-dir", str(data), "--api"]
+        self.command = [PYTHON, "server.py", "--user-data-dir", str(data), "--api"]
+        self.command += ["--cpu"] if cpu else []
         self.command += ["--api-port", str(self.port), "--loader", "Transformers"]
         self.command += ["--listen-port", str(self.page_port)] if webui else ["--nowebui"]
         self.command += ["--model", model] if model else []
@@ -325,8 +332,8 @@ class Host:
             return "".join(each["choices"][0]["delta"].get("content") or "" for each in events)
         return self.post("/v1/chat/completions", body)["choices"][0]["message"]["content"]
 
-    def load(self, model, **arguments):
-        self.post("/v1/internal/model/load", {"model_name": model, "args": {"loader": "Transformers", **arguments}})
+    def load(self, model, loader="Transformers", **arguments):
+        self.post("/v1/internal/model/load", {"model_name": model, "args": {"loader": loader, **arguments}})
 
     def unload(self):
         self.post("/v1/internal/model/unload")
