@@ -271,6 +271,7 @@ def test_a_grammar_holds(llama, rain, stream):
         ({"prompt_lookup_num_tokens": 3}, False),  # streamed, the host loses text with it, with or without us
         ({"static_cache": True}, False),
         ({"static_cache": True}, True),
+        ({"max_tokens_second": 500}, True),
         ({"add_bos_token": False}, False),
     ],
     ids=str,
@@ -385,6 +386,16 @@ def test_every_sampler_draws_what_it_draws_where_the_model_reads_the_rows_by_its
             expected = without.complete(PROMPT, 20, stream, **options)
             assert expected
             assert llama.complete(PROMPT, 20, stream, soft_prompt="rain.zip", **options) == expected
+
+
+def test_contrastive_search_does_what_it_does_without_the_extension(llama, without, rain):
+    """With transformers 5 that is nothing: it would load code from a hub. The next generation is right all the same."""
+    if without.get("/v1/internal/model/info")["model_name"] != "llama-rain":
+        without.load("llama-rain")
+    options = {"temperature": 1.0, "do_sample": False, "penalty_alpha": 0.6, "top_k": 4}
+    expected = without.complete(PROMPT, 12, **options)
+    assert llama.complete(PROMPT, 12, soft_prompt="rain.zip", **options) == expected
+    assert llama.complete(PROMPT, 12, soft_prompt="rain.zip") == rain.text(PROMPT, 12)
 
 
 def test_with_nothing_selected_the_host_writes_what_it_writes_without_the_extension(llama, without):
