@@ -23,7 +23,7 @@ HOOK = REPOSITORY / "hooks" / "text_generation_webui" / "script.py"
 FOLDER = os.environ.get("KOBOLD_SP_TEXTGEN", "")
 PYTHON = os.environ.get("KOBOLD_SP_TEXTGEN_PYTHON", "")
 MISSING = None if FOLDER and PYTHON else "KOBOLD_SP_TEXTGEN and KOBOLD_SP_TEXTGEN_PYTHON name no installation"
-START_SECONDS = 120
+START_SECONDS = 200
 
 LONG = {"max_position_embeddings": 2048}
 GEMMA = {**CONFIGS["gemma2"][1], **LONG, "tie_word_embeddings": False}  # tied, a random one repeats a token for ever
@@ -219,15 +219,15 @@ class Host:
         self.stop()
 
     def start(self):
-        """Start the process; ``seconds`` is how long it takes until API and page answer (8 s more for the page).
+        """Start the process; ``seconds`` is how long it takes until API and page answer (8 s or more for the page).
 
         On a busy machine the host may fail by itself: Gradio asks for its own page and waits three seconds.
         """
         for _ in range(5):
-            began = time.monotonic()
+            self._began = time.monotonic()
             self._start()
             wait_for(lambda: self.failed or self._answers(), START_SECONDS, self.tail, every=0.5)
-            self.seconds = time.monotonic() - began
+            self.seconds = time.monotonic() - self._began
             if not self.failed:
                 return
             assert "ReadTimeout" in self.tail(), self.tail()
@@ -287,7 +287,8 @@ class Host:
         if not self.announced:
             return False
         self._opened = self._opened or time.monotonic()
-        return time.monotonic() - self._opened > 8  # by then Gradio has had its answer, or has ended
+        patience = max(8, (self._opened - self._began) / 4)  # by then Gradio has had its answer, or has ended
+        return time.monotonic() - self._opened > patience
 
     def tail(self):
         return self.log.read_text(errors="replace")[-6000:]
