@@ -23,7 +23,7 @@ HOOK = REPOSITORY / "hooks" / "text_generation_webui" / "script.py"
 FOLDER = os.environ.get("KOBOLD_SP_TEXTGEN", "")
 PYTHON = os.environ.get("KOBOLD_SP_TEXTGEN_PYTHON", "")
 MISSING = None if FOLDER and PYTHON else "KOBOLD_SP_TEXTGEN and KOBOLD_SP_TEXTGEN_PYTHON name no installation"
-START_SECONDS = 120
+START_SECONDS = 200
 
 LONG = {"max_position_embeddings": 2048}
 GEMMA = {**CONFIGS["gemma2"][1], **LONG, "tie_word_embeddings": False}  # tied, a random one repeats a token for ever
@@ -169,6 +169,11 @@ def user_data(folder, extension=True):
     return folder
 
 
+def has(package):
+    """Whether the host's Python can import ``package``."""
+    return subprocess.run([PYTHON, "-c", f"import {package}"], capture_output=True).returncode == 0
+
+
 def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -186,17 +191,19 @@ class Refused(Exception):
 class Host:
     """``server.py`` over ``data``, a folder of :func:`user_data`.
 
-    ``arguments`` go to its command line; it finds our package in ``packages``.
+    ``arguments`` go to its command line; it finds our package in ``packages``. ``cpu``: in 32 bits, whatever else it
+    is told.
     """
 
-    def __init__(self, data, *arguments, extension=True, webui=False, model="llama", packages=REPOSITORY):
+    def __init__(self, data, *arguments, extension=True, webui=False, model="llama", packages=REPOSITORY, cpu=True):
         self.data = Path(data)
         self.port, self.page_port = free_port(), free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.page = f"http://127.0.0.1:{self.page_port}/"
         self.webui = webui
         self.packages = packages
-        self.command = [PYTHON, "server.py", "--cpu", "--user-data-dir", str(data), "--api"]
+        self.command = [PYTHON, "server.py", "--user-data-dir", str(data), "--api"]
+        self.command += ["--cpu"] if cpu else []
         self.command += ["--api-port", str(self.port), "--loader", "Transformers"]
         self.command += ["--listen-port", str(self.page_port)] if webui else ["--nowebui"]
         self.command += ["--model", model] if model else []
@@ -212,15 +219,15 @@ class Host:
         self.stop()
 
     def start(self):
-        """Start the process; ``seconds`` is how long it takes until API and page answer (8 s more for the page).
+        """Start the process; ``seconds`` is how long it takes until API and page answer (8 s or more for the page).
 
         On a busy machine the host may fail by itself: Gradio asks for its own page and waits three seconds.
         """
         for _ in range(5):
-            began = time.monotonic()
+            self._began = time.monotonic()
             self._start()
             wait_for(lambda: self.failed or self._answers(), START_SECONDS, self.tail, every=0.5)
-            self.seconds = time.monotonic() - began
+            self.seconds = time.monotonic() - self._began
             if not self.failed:
                 return
             assert "ReadTimeout" in self.tail(), self.tail()
@@ -280,7 +287,8 @@ class Host:
         if not self.announced:
             return False
         self._opened = self._opened or time.monotonic()
-        return time.monotonic() - self._opened > 8  # by then Gradio has had its answer, or has ended
+        patience = max(8, (self._opened - self._began) / 4)  # by then Gradio has had its answer, or has ended
+        return time.monotonic() - self._opened > patience
 
     def tail(self):
         return self.log.read_text(errors="replace")[-6000:]
@@ -325,8 +333,8 @@ class Host:
             return "".join(each["choices"][0]["delta"].get("content") or "" for each in events)
         return self.post("/v1/chat/completions", body)["choices"][0]["message"]["content"]
 
-    def load(self, model, **arguments):
-        self.post("/v1/internal/model/load", {"model_name": model, "args": {"loader": "Transformers", **arguments}})
+    def load(self, model, loader="Transformers", **arguments):
+        self.post("/v1/internal/model/load", {"model_name": model, "args": {"loader": loader, **arguments}})
 
     def unload(self):
         self.post("/v1/internal/model/unload")

@@ -3,7 +3,9 @@
 Run where ``KOBOLD_SP_TEXTGEN`` and ``KOBOLD_SP_TEXTGEN_PYTHON`` name an installation; its user_data stays as it is.
 """
 
+import json
 import math
+import subprocess
 import threading
 
 import numpy as np
@@ -11,7 +13,9 @@ import pytest
 import torch
 import transformers
 from hosts.real_text_generation_webui import (
+    FOLDER,
     MISSING,
+    PYTHON,
     Host,
     Refused,
     Truth,
@@ -267,6 +271,7 @@ def test_a_grammar_holds(llama, rain, stream):
         ({"prompt_lookup_num_tokens": 3}, False),  # streamed, the host loses text with it, with or without us
         ({"static_cache": True}, False),
         ({"static_cache": True}, True),
+        ({"max_tokens_second": 500}, True),
         ({"add_bos_token": False}, False),
     ],
     ids=str,
@@ -310,7 +315,12 @@ def test_next_token_probabilities_are_those_with_the_soft_prompt(llama, rain, ba
 
 SAMPLERS = {
     "temperature": {"temperature": 1.3},
-    "dynamic_temperature": {"dynamic_temperature": True, "dynatemp_low": 0.5, "dynatemp_high": 2.0},
+    "dynamic_temperature": {
+        "dynamic_temperature": True,
+        "dynatemp_low": 0.5,
+        "dynatemp_high": 2.0,
+        "dynatemp_exponent": 1.5,
+    },
     "temperature_last": {"temperature": 0.7, "temperature_last": True, "min_p": 0.01},
     "smoothing": {"smoothing_factor": 0.3, "smoothing_curve": 1.5},
     "min_p": {"min_p": 0.3},
@@ -324,7 +334,7 @@ SAMPLERS = {
     "top_a": {"top_a": 0.4},
     "top_n_sigma": {"top_n_sigma": 1.2},
     "adaptive_p": {"adaptive_target": 0.3, "adaptive_decay": 0.9},
-    "dry": {"dry_multiplier": 1.0, "dry_allowed_length": 1},
+    "dry": {"dry_multiplier": 1.0, "dry_base": 2.0, "dry_allowed_length": 1, "dry_sequence_breakers": '["the"]'},
     "repetition": {"repetition_penalty": 1.2, "repetition_penalty_range": 20},
     "presence": {"presence_penalty": 0.7},
     "frequency": {"frequency_penalty": 0.7},
@@ -337,8 +347,32 @@ SAMPLERS = {
     "logit_bias": {"logit_bias": {"70": 4}},
     "grammar": {"grammar_string": "root ::= [a-z ]+"},
     "preset": {"preset": "Creative"},
+    "special_tokens": {"skip_special_tokens": False},
+    "greedy": {"do_sample": False},
 }
 """Every sampler of the Parameters tab, by what a request says for it."""
+TESTED_ELSEWHERE = {
+    "add_bos_token",
+    "auto_max_new_tokens",
+    "guidance_scale",
+    "negative_prompt",
+    "penalty_alpha",
+    "prompt_lookup_num_tokens",
+    "seed",
+    "static_cache",
+}
+"""What has a test of its own, and ``seed``, which every test with samplers gives."""
+
+
+def test_no_sampler_of_the_parameters_tab_is_forgotten():
+    asked = (
+        "import json; from modules.loaders import transformers_samplers as names; print(json.dumps(sorted(names())))"
+    )
+    done = subprocess.run([PYTHON, "-c", asked], cwd=FOLDER, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    names = set(json.loads(done.stdout.splitlines()[-1])) - {"grammar_file_row"}  # whose file fills the grammar
+    tested = TESTED_ELSEWHERE.union(*SAMPLERS.values())
+    assert names <= tested
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -352,6 +386,16 @@ def test_every_sampler_draws_what_it_draws_where_the_model_reads_the_rows_by_its
             expected = without.complete(PROMPT, 20, stream, **options)
             assert expected
             assert llama.complete(PROMPT, 20, stream, soft_prompt="rain.zip", **options) == expected
+
+
+def test_contrastive_search_does_what_it_does_without_the_extension(llama, without, rain):
+    """With transformers 5 that is nothing: it would load code from a hub. The next generation is right all the same."""
+    if without.get("/v1/internal/model/info")["model_name"] != "llama-rain":
+        without.load("llama-rain")
+    options = {"temperature": 1.0, "do_sample": False, "penalty_alpha": 0.6, "top_k": 4}
+    expected = without.complete(PROMPT, 12, **options)
+    assert llama.complete(PROMPT, 12, soft_prompt="rain.zip", **options) == expected
+    assert llama.complete(PROMPT, 12, soft_prompt="rain.zip") == rain.text(PROMPT, 12)
 
 
 def test_with_nothing_selected_the_host_writes_what_it_writes_without_the_extension(llama, without):

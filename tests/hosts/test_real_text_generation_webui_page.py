@@ -11,9 +11,10 @@ import shutil
 import time
 from pathlib import Path
 
+import gguf_files
 import numpy as np
 import pytest
-from hosts.real_text_generation_webui import MISSING, Host, Truth, make_checkpoints, user_data, wait_for
+from hosts.real_text_generation_webui import MISSING, Host, Truth, has, make_checkpoints, user_data, wait_for
 
 from kobold_sp_plugin import SoftPrompt
 
@@ -60,6 +61,7 @@ def browser():
 def host(tmp_path_factory):
     data = user_data(tmp_path_factory.mktemp("textgen") / "user_data")
     make_checkpoints(data / "models", ("llama", "wide"))
+    gguf_files.write(gguf_files.tiny("llama"), data / "models" / "story.gguf")
     (data / "settings.yaml").write_text(SETTINGS)
     with Host(data, webui=True) as host:
         yield host
@@ -272,6 +274,16 @@ def test_files_that_come_and_go_are_seen(page, folder):
     expect(shown(page)).to_contain_text("no longer in the folder")
 
 
+def test_refresh_shows_what_came_since(page, folder):
+    page.evaluate("clearInterval(window.softPromptsPoll)")
+    softprompt(7, n_tokens=2, name="Late").save(folder / "late.zip")
+    page.wait_for_timeout(2500)
+    expect(row(page, "late.zip")).to_have_count(0)
+    page.locator("#soft-prompts-refresh").click()
+    expect(row(page, "late.zip")).to_have_count(1)
+    assert "Late (2 tokens)" in options(page)
+
+
 def test_an_upload_is_stored_only_if_it_is_a_soft_prompt(page, folder, tmp_path):
     def upload(name, data):
         chooser = page.locator("#soft-prompts-upload").locator("xpath=..").locator("input[type=file]").first
@@ -305,6 +317,28 @@ def test_a_model_that_is_changed_by_the_api_changes_what_the_page_says(page, hos
     host.load("llama")
     expect(light(page)).to_have_class("soft-prompts-light on")
     assert host.complete(PROMPT) == truths[RAIN,].text(PROMPT, 16)
+
+
+def test_a_loader_that_takes_none_says_why_and_a_transformers_model_has_the_selection_again(page, host, truths):
+    if not has("llama_cpp_binaries"):
+        pytest.skip("the host's Python has no llama_cpp_binaries")
+    pick(page, "Rain")
+    expect(light(page)).to_have_class("soft-prompts-light on")
+    host.load("story.gguf", loader="llama.cpp", ctx_size=512, gpu_layers=0)
+    expect(shown(page)).to_contain_text("model: story.gguf")
+    for name in ("rain.zip", "noir.zip", "wide.zip"):
+        expect(row(page, name)).to_contain_text("not with this backend")
+        expect(row(page, name)).to_contain_text("llama.cpp runs as a process of its own")
+        expect(row(page, name)).to_contain_text("load the original model with the Transformers loader")
+    expect(shown(page)).to_contain_text("No soft prompt in use")
+    expect(light(page)).not_to_have_class("soft-prompts-light on")
+    assert options(page) == []
+    picture(page, "llama_cpp.png")
+    assert notebook(page)
+    host.load("llama")
+    expect(light(page)).to_have_class("soft-prompts-light on")
+    expect(shown(page)).to_contain_text("In use: Rain (5 tokens")
+    assert notebook(page) == truths[RAIN,].text(PROMPT, 16)
 
 
 def test_reloading_the_page_shows_the_same(page, host):

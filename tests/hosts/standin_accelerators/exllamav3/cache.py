@@ -1,0 +1,6 @@
+class CacheLayer_fp16:
+    pass
+
+
+class CacheLayer_quant:
+    pass
