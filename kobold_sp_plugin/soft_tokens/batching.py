@@ -107,7 +107,7 @@ class ManagerAdapter:
             each.undo()
 
     def _add(self, original: Callable[..., Any], input_ids: List[int], *args: Any, **kwargs: Any) -> Any:
-        manager = self.manager()
+        manager: Any = self.manager()
         new = kwargs.get("max_new_tokens", args[1] if len(args) > 1 else None)
         found = self._read(input_ids, manager.generation_config.max_new_tokens if new is None else new)
         if found is None:
