@@ -544,14 +544,6 @@ def test_values_that_the_models_dtype_cannot_hold_are_refused():
         attach(model).select(SoftPrompt(rows=np.full((2, 32), 1e5, dtype=np.float32), metadata={"name": "loud"}))
 
 
-def test_continuous_batching_is_refused(llama_or_gptj, random_prompt):
-    if not hasattr(llama_or_gptj, "generate_batch"):
-        pytest.skip("this release has no continuous batching")
-    attach(llama_or_gptj).select(random_prompt)
-    with pytest.raises(UnsupportedCall, match="continuous batching"):
-        llama_or_gptj.generate_batch([TEXT[0].tolist()])
-
-
 def test_a_file_name_is_no_soft_prompt(llama_or_gptj):
     with pytest.raises(TypeError, match=r"SoftPrompt\.load"):
         attach(llama_or_gptj).select("noir.zip")

@@ -247,7 +247,8 @@ def sliced(inputs: Dict[str, Any], positions: slice) -> Dict[str, Any]:
         if isinstance(value, torch.Tensor):
             mine[name] = (value[..., :1, positions] if value.dim() > 1 else value[positions]).clone()
     name = name_of_cache(inputs)
-    mine[name] = copy.deepcopy(inputs.get(name))
+    if name in inputs:
+        mine[name] = copy.deepcopy(inputs[name])
     return mine
 
 

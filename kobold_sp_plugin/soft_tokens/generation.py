@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
-from transformers import __version__ as transformers_version
 
 from ..compatibility import context_of
 from ..errors import ContextExceeded, UnsupportedCall
 from ..patching import Patch, patch
 from ..softprompt import SoftPrompt
+from .batching import ManagerAdapter, Requests, with_room
+from .batching import is_supported as batching_is_supported
 from .columns import grow_mask, insert_columns, start_of_text
 from .conversation import Conversation, Conversations
 from .embedding import has_encoder
@@ -30,13 +31,13 @@ _NO_ID = sys.maxsize
 _READ = "_kobold_sp_read"
 """The attribute of a cache that says which soft prompts are in it."""
 
+NEED_ALL_STATES = ("penalty_alpha", "output_hidden_states", "output_attentions")
+"""Settings of ``generate`` for which the prompt has to be read whole: they look at what each position became."""
+
 READ_ALL = ("cpmant", "xlm-roberta-xl", "xlnet")
 """Models that have to be given all ids at each step: they find by themselves what is new, and where it stands."""
 READ_ALL_AT_FIRST = ("mamba2",)
 """Those that had to be before 4.57: batches go wrong where the mask is not made as long as the ids."""
-
-
-_RELEASE = tuple(int(part) for part in transformers_version.split(".")[:2])
 
 
 def _cuts_relatively() -> bool:
@@ -65,8 +66,8 @@ SEAMS = (
     Seam("_get_cache", "_make_cache"),  # 4.44: the same
     Seam("_prefill", "_read_in_chunks"),  # from 5.0: inserts them before a prompt is cut into chunks
     Seam("_prefill_chunking", "_read_in_chunks"),  # 4.57: the same
-    Seam("generate_batch", "_refuse"),  # reads ids without any of the above
-    Seam("init_continuous_batching", "_refuse"),
+    Seam("generate_batch", "_batch"),  # continuous batching reads ids without any of the above
+    Seam("init_continuous_batching", "_begin_batching"),
 )
 
 # The same for a model that reads its text with an encoder, before the loop begins.
@@ -77,6 +78,8 @@ ENCODER_SEAMS = (
     Seam("_prepare_encoder_decoder_kwargs_for_generation", "_encode"),  # before: the same
 )
 
+
+_NO_BATCHING = "continuous batching of this release takes no soft prompts; use generate(), or clear the selection"
 
 _UNKNOWN = -1
 """The length of a cache that does not tell it: Gemma 2's, in releases before 4.48."""
@@ -104,6 +107,8 @@ class Generation:
         """The ids that the loop hands over already hold the soft tokens (a prompt that is read in chunks)."""
         self.reads_all = reads_all
         """The model is given all ids at each step, though it has a cache."""
+        self.needs_all_states = False
+        """Nothing is reused: somebody looks at the states of all positions."""
         self.decoding = False
         """The next forward's ids are text only, so that the embedding has nothing to substitute."""
 
@@ -112,8 +117,8 @@ class GenerationAdapter:
     """Changes ``generate`` of ``model``, in place, so that soft tokens are read before the text, until ``undo``.
 
     ``chosen`` says which soft prompts a generation begun now, in this thread, reads, given those that stand inside of
-    its text; ``check`` raises where
-    the model cannot read them any more; ``ended`` is called when no generation is running.
+    its text; ``check`` raises where the model cannot read them any more; ``ended`` is called when no generation is
+    running.
     """
 
     def __init__(
@@ -135,6 +140,7 @@ class GenerationAdapter:
         self._lock = threading.Lock()
         self._prefixes = Prefixes()
         self.conversations = Conversations()
+        self._managers: List[ManagerAdapter] = []
         self.running = 0
         """Calls of ``generate`` with soft prompts that have not ended."""
         self.patches: List[Tuple[Any, Patch]] = [
@@ -147,6 +153,9 @@ class GenerationAdapter:
         """Put back what was there."""
         for _, each in reversed(self.patches):
             each.undo()
+        for manager in self._managers:
+            manager.undo()
+        self._managers = []
         self._prefixes = Prefixes()
 
     def rows_now(self) -> Optional[Rows]:
@@ -201,6 +210,8 @@ class GenerationAdapter:
     # The call
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("cache_implementation") == "paged" and batching_is_supported():
+            return original(*args, **kwargs)  # which calls generate_batch
         given = _ids_of(args, kwargs)
         inside = softprompts_in(given)
         rows = self._chosen(tuple(inside.values()))
@@ -215,6 +226,7 @@ class GenerationAdapter:
         kwargs = self._with_room_for(rows, args, kwargs)
         conversation = Conversation(self.conversations, rows) if remembers else None
         generation = Generation(rows, self._reads_all, n_new, conversation)
+        generation.needs_all_states = any(self._setting(name, kwargs) for name in NEED_ALL_STATES)
         with self._in_generation(generation):
             result = original(*args, **kwargs)
             self._remember(generation)
@@ -326,14 +338,62 @@ class GenerationAdapter:
                     changed[name] = length + more
         return rows, args, changed
 
+    # Continuous batching
+
+    def _batch(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call = inspect.signature(original).bind(*args, **kwargs).arguments
+        for ids in call["inputs"]:  # what a manager refuses is only logged
+            self._request(ids, self._setting("max_new_tokens", {**call, **call.get("kwargs", {})}))
+        return original(*args, **kwargs)
+
+    def _begin_batching(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        rows = self._chosen()
+        if not batching_is_supported():
+            if rows is not None:
+                raise UnsupportedCall(_NO_BATCHING)
+            manager = original(*args, **kwargs)
+            if hasattr(manager, "add_request") and "add_request" not in vars(manager):
+                # It may outlive this moment: what it is asked for while something is selected is refused too.
+                patch(manager, "add_request", self._refuse)
+            return manager
+        manager = original(*args, **with_room(kwargs, rows.n_tokens if rows else 0))
+        self._managers = [each for each in self._managers if each.manager() is not None]
+        if manager not in [each.manager() for each in self._managers]:
+            nothing = Rows((), _NO_ID, self._model())
+            generation = Generation(nothing, False)
+
+            def change(rows: Optional[Rows]) -> None:
+                generation.rows = rows or nothing
+
+            def run(loop: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+                with self._in_generation(generation):
+                    return loop(*args, **kwargs)
+
+            vocabulary = self._check().num_embeddings
+            self._managers.append(ManagerAdapter(manager, self._request, run, Requests(change), vocabulary))
+        return manager
+
+    def _request(self, input_ids: Any, n_new: Optional[int]) -> Optional[Tuple[Rows, List[int]]]:
+        """What a request made now is read with, and its ids with the soft tokens; None: it has none."""
+        ids = torch.tensor([list(input_ids)], dtype=torch.long)
+        inside = softprompts_in(ids)
+        rows = self._chosen(tuple(inside.values()))
+        if rows is None:
+            return None
+        self._check()
+        if not batching_is_supported():
+            raise UnsupportedCall(_NO_BATCHING)
+        whole = self.insert(rows, rows.placed(ids, inside), None)[0]
+        n_text = int((whole < rows.first).sum())
+        if not n_text or int(whole[-1]) >= rows.first:
+            raise UnsupportedCall("continuous batching takes no soft prompt at the end of a text; use generate()")
+        self._check_room(len(whole) - n_text, n_text, n_new or 1)
+        return rows, whole.tolist()
+
     def _refuse(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._chosen() is not None:
-            raise UnsupportedCall("continuous batching takes no soft prompts; use generate(), or clear the selection")
-        result = original(*args, **kwargs)
-        if hasattr(result, "add_request") and "add_request" not in vars(result):
-            # A manager may outlive this moment: what it is asked for while something is selected is refused too.
-            patch(result, "add_request", self._refuse)
-        return result
+            raise UnsupportedCall(_NO_BATCHING)
+        return original(*args, **kwargs)
 
     def _with_room_for(self, rows: Rows, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Dict[str, Any]:
         """``kwargs`` with what the caller says per position widened by the soft tokens' positions."""
@@ -346,11 +406,6 @@ class GenerationAdapter:
         if self._setting("assistant_early_exit", kwargs) is not None:
             raise UnsupportedCall(
                 "assistant_early_exit makes a model its own helper, which reads the text without the soft prompt; "
-                "generate without it"
-            )
-        if self._setting("penalty_alpha", kwargs) and _RELEASE < (4, 36):
-            raise UnsupportedCall(
-                "contrastive search (penalty_alpha) with a soft prompt takes transformers 4.36 or later; "
                 "generate without it"
             )
         self._check_context(rows, args, kwargs)
@@ -370,21 +425,25 @@ class GenerationAdapter:
         return grown
 
     def _check_context(self, rows: Rows, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> None:
-        context = context_of(self._model())
         ids = _ids_of(args, kwargs)
-        if context is None or not isinstance(ids, torch.Tensor):
+        if not isinstance(ids, torch.Tensor):
             return
         text = ids.shape[-1]
         new = self._setting("max_new_tokens", kwargs)
         if new is None:
             new = (self._setting("max_length", kwargs) or text + 1) - text
-        new = 0 if self._has_encoder else max(1, new)  # a decoder's positions are its own
+        self._check_room(rows.room, text, 0 if self._has_encoder else max(1, new))  # a decoder's positions are its own
+
+    def _check_room(self, soft: int, text: int, new: int) -> None:
+        context = context_of(self._model())
+        if context is None:
+            return
         # A host may ask for far more than the model could ever write, and stop by a rule of its own.
         fits_alone = text + new <= context
-        if rows.room + text >= context + self._has_encoder or (fits_alone and rows.room + text + new > context):
+        if soft + text >= context + self._has_encoder or (fits_alone and soft + text + new > context):
             raise ContextExceeded(
-                f"{rows.room} soft tokens, {text} tokens of text and {new} new ones do not fit "
-                f"the model's context of {context}; shorten the text by {rows.room + text + new - context}"
+                f"{soft} soft tokens, {text} tokens of text and {new} new ones do not fit "
+                f"the model's context of {context}; shorten the text by {soft + text + new - context}"
             )
 
     def _setting(self, name: str, kwargs: Dict[str, Any]) -> Any:
@@ -484,6 +543,8 @@ class GenerationAdapter:
 
     def _begins_later(self, generation: Generation, inputs: Dict[str, Any], mask: Optional[torch.Tensor]) -> bool:
         """Change ``inputs``, in place, to begin behind what a cache holds; whether all soft tokens are among that."""
+        if generation.needs_all_states:
+            return False
         model = self._model()
         if generation.conversation is not None and generation.conversation.begin(model, inputs, mask):
             return True

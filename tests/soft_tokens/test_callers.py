@@ -260,26 +260,3 @@ def test_results_that_hold_more_than_ids(model):
         for step, other in zip(found.hidden_states, expected.hidden_states):
             torch.testing.assert_close(step[-1][:, -1:], other[-1][:, -1:], rtol=1e-4, atol=1e-4)
     assert found.scores[0].shape[-1] == VOCABULARY
-
-
-# Continuous batching
-
-
-def test_continuous_batching_is_refused_from_the_moment_of_a_selection(model):
-    if not hasattr(model, "init_continuous_batching"):
-        pytest.skip("this release has no continuous batching")
-    handle = attach(model)
-    config = transformers.GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    manager = model.init_continuous_batching(generation_config=config)
-    manager.add_request(TEXT[0].tolist())
-    handle.select(softprompt())
-    with pytest.raises(UnsupportedCall, match="continuous batching"):
-        manager.add_request(TEXT[0].tolist())
-    for call in (model.init_continuous_batching, lambda: model.generate_batch([TEXT[0].tolist()])):
-        with pytest.raises(UnsupportedCall, match="continuous batching"):
-            call()
-    if RELEASE >= (5, 0):
-        with pytest.raises(UnsupportedCall, match="continuous batching"):
-            generate(model, cache_implementation="paged")
-    handle.detach()
-    manager.add_request(TEXT[0].tolist())

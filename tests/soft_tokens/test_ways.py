@@ -119,7 +119,7 @@ OTHERS = {
     **dict.fromkeys(("assistant_lookbehind", "target_lookbehind"), "with a helper of another vocabulary: below"),
     "assistant_early_exit": "refused: below",
     **dict.fromkeys(("use_mtp", "speculation_type"), "for models with heads of their own for it"),
-    "continuous_batching_config": "refused: tests/test_soft_tokens.py",
+    "continuous_batching_config": "in test_batching.py",
     "is_assistant": "set on the helper by transformers",
     "cache_config": "of quantised caches: below",
     **dict.fromkeys(("self", "inputs", "model_kwargs", "logits_processor", "stopping_criteria"), "4.24: not settings"),
@@ -266,11 +266,6 @@ def test_a_way_of_generating(model, monkeypatch, name, options):
         with pytest.raises(reason):
             generate(model, TEXT, **options)
         pytest.skip(f"the bare model of this release cannot: {reason.__name__}")
-    if "penalty_alpha" in options and RELEASE < (4, 36):
-        attach(model).select(rows_of(model, HARD))
-        with pytest.raises(UnsupportedCall, match="penalty_alpha"):
-            generate(model, TEXT, **options)
-        return
     wanted = expected(model, options)
     eyes = Eyes(monkeypatch)
     attach(model).select(rows_of(model, HARD))
@@ -310,3 +305,19 @@ def test_a_model_that_is_its_own_helper_is_refused(model):
     attach(model).select(rows_of(model, HARD))
     with pytest.raises(UnsupportedCall, match="assistant_early_exit"):
         generate(model, TEXT, assistant_early_exit=1)
+
+
+def test_states_of_the_prompt_are_those_of_all_its_positions(model):
+    """Also the second time, when the soft prompt's keys and values could be taken from their cache."""
+    attach(model).select(rows_of(model, HARD))
+    for _ in range(2):
+        output = model.generate(
+            TEXT,
+            attention_mask=torch.ones_like(TEXT),
+            max_new_tokens=2,
+            do_sample=False,
+            pad_token_id=0,
+            output_hidden_states=True,
+            return_dict_in_generate=True,
+        )
+        assert output.hidden_states[0][0].shape[1] == len(HARD) + TEXT.shape[1]
