@@ -299,7 +299,7 @@ def test_a_file_that_is_dropped_into_the_folder_appears(page, server):
     context = server.get("/api/v1/config/max_context_length")["value"]
     for text in ("Dropped in", "dropped.zip", "by A. Nonymous", "Rain on a tin roof.", "compatible"):
         expect(dropped).to_contain_text(text)
-    expect(dropped).to_contain_text(f"uses {described.n_tokens} of {context}")
+    expect(dropped).to_contain_text(f"uses {described.n_tokens} of {context:,}")
 
     pick(page, "dropped.zip")
     like_noir(server, name="Replaced").save(server.folder / "dropped.zip")

@@ -52,7 +52,7 @@ def page():
     with playwright.sync_playwright() as driver:
         chromium = driver.chromium.launch(executable_path=executable, args=ARGUMENTS)
         page = chromium.new_page(viewport={"width": 1400, "height": 1000})
-        page.set_default_timeout(20000)
+        page.set_default_timeout(60000)
         page.on("dialog", lambda dialog: dialog.accept())
         page.faults = []
         page.on("pageerror", lambda error: page.faults.append(error.stack or str(error)))
@@ -104,7 +104,7 @@ class Tavern:
 
     def __init__(self, page, address, host):
         self.page, self.host = page, host
-        page.goto(address)
+        page.goto(address, timeout=1000 * START_SECONDS)
         page.wait_for_selector("#soft_prompts", state="attached", timeout=1000 * START_SECONDS)
         page.locator(".popup-button-ok:visible").first.click()
         page.wait_for_selector("dialog[open]", state="hidden")
@@ -163,7 +163,7 @@ class Tavern:
 
     def answer(self):
         """The character's last text, when it has ended."""
-        eventually(lambda: len(self.host.server.queue) == 0, 30)
+        eventually(lambda: len(self.host.server.queue) == 0, 90)
         self.page.wait_for_selector("#mes_stop", state="hidden")
         self.page.wait_for_timeout(500)  # it is drawn once more when it has come whole
         return self.text()

@@ -6,6 +6,7 @@ import pytest
 from serving import GREEDY, as_lite_reads, asking, counting, eventually, reading, slowly
 
 from kobold_sp_plugin.server.app import Server
+from kobold_sp_plugin.server.fields import read_generation
 
 LITES_REQUEST = {
     "n": 1,
@@ -147,7 +148,10 @@ class TestStreams:
             assert len(forwards) <= at_end + 2
 
     def test_the_first_line_alone(self, ask):
-        assert "\n" not in ask("POST", "/api/v1/generate", {**GREEDY, "singleline": True}).text
+        assert ask("POST", "/api/v1/generate", {**GREEDY, "singleline": True}).status == 200
+        # The tiny model writes no line breaks; what ends a text at any stop sequence is tested above.
+        (settings,) = read_generation({"prompt": "x", "singleline": True, "stop_sequence": ["You:"]}).settings
+        assert settings.stop_sequence == ("You:", "\n") and not settings.keep_stop
 
 
 class TestAskingAndStopping:

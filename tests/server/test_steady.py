@@ -176,6 +176,7 @@ def test_a_failed_generation_lets_go_of_what_it_held(queue):
 
 
 def test_who_stops_in_the_middle_of_a_request_is_let_go(session, monkeypatch):
+    assert 10 <= app._Quiet.timeout <= 300, "not for ever, and long enough for a slow line"
     monkeypatch.setattr(app._Quiet, "timeout", 0.5)
     before = sorted(session.catalogue.folder.iterdir())
 

@@ -1,6 +1,6 @@
 /* How an entry of the list is shown, wherever it is. */
 
-import { element, plural } from "./dom.js";
+import { element, number, plural } from "./dom.js";
 import { state } from "./state.js";
 
 const REASON_CLASS = {
@@ -21,5 +21,5 @@ export const reasonLine = (entry) => element("p", `reason ${REASON_CLASS[entry.v
 export function tokensText(entry) {
   if (!Number.isInteger(entry.n_tokens)) return "";
   const { context } = state.server;
-  return context ? `uses ${entry.n_tokens} of ${context}` : `uses ${plural(entry.n_tokens, "token")}`;
+  return context ? `uses ${number(entry.n_tokens)} of ${number(context)}` : `uses ${plural(entry.n_tokens, "token")}`;
 }
