@@ -23,9 +23,12 @@ from kobold_sp_plugin.engines.samplers import samplers
 from kobold_sp_plugin.engines.transformers import TransformersEngine
 from kobold_sp_plugin.engines.vllm import VllmServer, lacking_in_vllm
 from kobold_sp_plugin.errors import ContextExceeded, EngineRefused, EngineUnreachable, WidthMismatch, WrongModel
+from kobold_sp_plugin.server import app as host
+from kobold_sp_plugin.session import Session
 from kobold_sp_plugin.soft_tokens import attached
 from kobold_sp_plugin.softprompt import Order, Scale
 from tests.models import COMMON, softprompt, tiny_tokenizer
+from tests.serving import GREEDY, asking, outlives
 
 PYTHON = os.environ.get("KOBOLD_SP_VLLM_PYTHON")
 pytestmark = [
@@ -213,10 +216,21 @@ def test_a_server_writes_what_transformers_writes(family, tmp_path, trusted):
             VllmServer(url, str(tmp_path / "other"))
 
         assert vllm.effect(SOFT["before"]) == pytest.approx(engine.effect(SOFT["before"]), abs=0.15)
-        process.kill()
-        process.wait()
+        softprompts = tmp_path / "softprompts"
+        softprompts.mkdir()
+        for name in ("noir", "sea"):
+            SOFT["before"][0].save(softprompts / f"{name}.zip")
+        session = Session(softprompts, vllm)
+        with host.Server(session, port=0) as ours:
+            outlives(ours, process.kill, {"prompt": "The door", "max_length": 150, "ban_eos_token": True})
+            process.wait()
+            session.use(engine)
+            assert asking(ours)("POST", "/api/v1/generate", GREEDY).text
+        session.close()
         with pytest.raises(EngineUnreachable, match="No answer"):
             list(vllm.generate(SETTINGS["greedy"]))
+        with pytest.raises(EngineUnreachable, match="No answer"):
+            VllmServer(url, str(folder))
 
 
 def test_a_server_without_the_flag_says_which(family, tmp_path):
