@@ -129,6 +129,17 @@ def test_gguf_in_llama_server(exported, family):
 
 
 @needs_server
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_llama_server_never_draws_the_soft_tokens_of_a_copy(exported, family):
+    made = exported(family, "gguf")
+    command, body = made.quoted("llama-server: ")
+    with running(command) as remote:
+        wild = {"temperature": 100.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "n_predict": 400, "return_tokens": True}
+        drawn = remote.ask("/completion", {**json.loads(body), **wild}, 60)["tokens"]
+    assert len(set(drawn)) > 100 and max(drawn) < len(gguf_files.TOKENS)
+
+
+@needs_server
 @pytest.mark.parametrize("cache_type", ["f16", "f32"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3"])
 def test_slot_in_llama_server(exported, family, cache_type):
