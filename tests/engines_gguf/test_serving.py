@@ -1,6 +1,5 @@
 """``kobold-sp serve`` with a GGUF file, here and in a llama-server: the whole menu, and KoboldAI's API."""
 
-import os
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -120,4 +119,4 @@ def test_an_engine_that_is_not_there(files, monkeypatch, engine, more, said):
     command = ["serve", "--port", "0", "--model", "model.gguf", *chosen, "--url", "http://127.0.0.1:9", *more]
     answer = CliRunner().invoke(main, command)
     assert answer.exit_code == 2 and said in answer.output
-    assert "Traceback" not in answer.output and os.listdir("slots") == []
+    assert "Traceback" not in answer.output
