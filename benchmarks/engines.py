@@ -182,7 +182,7 @@ class Asked:
 
     def __call__(self, ids, **more):
         # Of the last token's own id, which is a whole character: of no other are probabilities told.
-        body = {"prompt": ids, "cache_prompt": True, "id_slot": 0, "temperature": 0.0, "samplers": ["top_k"], **more}
+        body = {"prompt": ids, "cache_prompt": True, "id_slot": 0, "top_k": 1, "samplers": ["top_k"], **more}
         told = {**body, "n_predict": 1, "n_probs": 2 * COUNT, "logit_bias": [[ids[-1], 1e4]]}
         likeliest = self.remote.ask("/completion", told)["completion_probabilities"][0]["top_logprobs"]
         found = np.full(COUNT, np.nan, np.float32)
@@ -268,7 +268,7 @@ LLAMA_SERVER = {
 
 
 def of_vllm(family, folder):
-    """The cells of vLLM's routes, with models whose heads it takes on a CPU."""
+    """(route, cell) of each of vLLM's routes, with models whose heads it takes on a CPU."""
     from tests.engines import test_vllm as cases
 
     own = Path(folder) / f"vllm-{family}"
@@ -286,24 +286,23 @@ def of_vllm(family, folder):
         bare, equal = worst.pop("none"), all(written(soft) == texts[soft] for soft in texts)
         return f"{max(worst.values()):.1e} ({bare:.1e}), {'equal' if equal else '**texts differ**'}"
 
-    found = {}
     for route, flags in (("chat", ["--trust-request-chat-template"]), ("completions", [])):
         with cases.server(own, Path(folder) / f"log-{route}", "--enable-prompt-embeds", *flags) as (url, _):
             vllm = cases.VllmServer(url, str(own))
-            found["vLLM server", f"serve --engine vllm, by {route}"] = cell(
-                lambda soft, vllm=vllm: vllm._next_tokens(settings.prompt, cases.SOFT[soft]),
-                lambda soft, vllm=vllm: "".join(vllm.generate(settings, cases.SOFT[soft])),
+            yield (
+                ("vLLM server", f"serve --engine vllm, by {route}"),
+                cell(
+                    lambda soft: vllm._next_tokens(settings.prompt, cases.SOFT[soft]),  # noqa: B023  called at once
+                    lambda soft: "".join(vllm.generate(settings, cases.SOFT[soft])),  # noqa: B023
+                ),
             )
     for ranks in (1, 2):
-        written, tokens, _, counted = cases.in_process(own, Path(folder), cases.IN_PROCESS, str(ranks), ranks=ranks)
+        written, tokens, _, counted = cases.in_process(own, Path(folder), cases.IN_PROCESS, str(ranks))
         more = "" if ranks == 1 else f", tensor parallel {ranks}"
-        found["vLLM in process", f"LLM.generate{more}"] = cell(
-            lambda soft, tokens=tokens: tokens[soft], lambda soft, written=written: written[f"{soft} greedy"]
-        )
-        found["vLLM in process", f"tokens from the prefix cache{more}"] = str(
-            [int(after - before) for before, after in zip(counted, counted[1:])]
-        )
-    return found
+        texts_of = {soft: written[f"{soft} greedy"] for soft in texts}
+        yield ("vLLM in process", f"LLM.generate{more}"), cell(tokens.__getitem__, texts_of.__getitem__)
+        found = [int(after - before) for before, after in zip(counted, counted[1:])]
+        yield ("vLLM in process", f"tokens from the prefix cache{more}"), str(found)
 
 
 def main():
@@ -319,18 +318,23 @@ def main():
     if not with_vllm:
         print("KOBOLD_SP_VLLM_PYTHON names no interpreter with vLLM: it is left out.", file=sys.stderr)
     table = {}
+
+    def tell(route, family, said):
+        table[route, family] = said
+        print(FAMILIES[family], *route, said, sep=" | ", file=sys.stderr, flush=True)
+
     for family in families:
         with tempfile.TemporaryDirectory() as folder:
             reference = Reference(family, folder)
             for route, made in routes.items():
                 try:
-                    table[route, family] = made(reference)
+                    tell(route, family, made(reference))
                 except TiedEmbedding:
-                    table[route, family] = "refused: tied"
+                    tell(route, family, "refused: tied")
             with gguf_files.as_llama_cpp_computes(reference.model):
-                table[("llama.cpp in process", "rows; transformers with llama.cpp's GELU"), family] = rows(reference)
-            if with_vllm:
-                table.update({(route, family): each for route, each in of_vllm(family, folder).items()})
+                tell(("llama.cpp in process", "rows; transformers with llama.cpp's GELU"), family, rows(reference))
+            for route, said in of_vllm(family, folder) if with_vllm else ():
+                tell(route, family, said)
     print("| engine | route | " + " | ".join(FAMILIES[family] for family in families) + " |")
     print("|---" * (2 + len(families)) + "|")
     for route in dict.fromkeys(route for route, _ in table):

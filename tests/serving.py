@@ -2,12 +2,19 @@
 
 import http.client
 import json
+import os
 import queue
 import re
+import signal
+import subprocess
+import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import socketio
+
+ROOT = Path(__file__).resolve().parents[1]
 
 GREEDY = {"prompt": "The door opened and", "max_length": 20, "top_k": 1}
 
@@ -147,3 +154,30 @@ def outlives(server, kill, long_text):
         client.emit("load_softprompt", "sea.zip")  # which is taken; that its effect cannot be measured is told
         while "No answer from" not in hears(client, "softprompts", 30, selection=["sea.zip"])["notice"]:
             pass
+
+
+@contextmanager
+def serving(*arguments, cwd=None):
+    """``kobold-sp serve`` in a process of its own, and the address that it says it has."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", "from kobold_sp_plugin.cli import main; main()", "serve", "--port", "0"]
+    process = subprocess.Popen(
+        [*command, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=cwd,
+        # Where the tests themselves run in the background, a shell has them ignore interrupts, and so their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        said = ""
+        while "Open " not in said:
+            line = process.stdout.readline()
+            assert line, process.communicate()[1]
+            said += line
+        yield re.search(r"Open (http://127\.0\.0\.1:\d+/)", said).group(1), said, process
+    finally:
+        process.kill()
+        process.communicate()

@@ -6,13 +6,13 @@ import socket
 import subprocess
 import sys
 import urllib.request
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from models import FAMILY, tiny_model, tiny_tokenizer
+from serving import serving
 
 from kobold_sp_plugin import SoftPrompt, cli
 from kobold_sp_plugin.cli import main
@@ -41,33 +41,6 @@ def folder(tmp_path):
 
 def run(*arguments):
     return CliRunner().invoke(main, [str(each) for each in arguments])
-
-
-@contextmanager
-def serving(*arguments, cwd=None):
-    """``kobold-sp serve`` in a process of its own, and the address that it says it has."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", "from kobold_sp_plugin.cli import main; main()", "serve", "--port", "0"]
-    process = subprocess.Popen(
-        [*command, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        cwd=cwd,
-        # Where the tests themselves run in the background, a shell has them ignore interrupts, and so their children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    try:
-        said = ""
-        while "Open " not in said:
-            line = process.stdout.readline()
-            assert line, process.communicate()[1]
-            said += line
-        yield re.search(r"Open (http://127\.0\.0\.1:\d+/)", said).group(1), said, process
-    finally:
-        process.kill()
-        process.communicate()
 
 
 class TestHelp:

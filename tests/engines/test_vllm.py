@@ -23,9 +23,12 @@ from kobold_sp_plugin.engines.samplers import samplers
 from kobold_sp_plugin.engines.transformers import TransformersEngine
 from kobold_sp_plugin.engines.vllm import VllmServer, lacking_in_vllm
 from kobold_sp_plugin.errors import ContextExceeded, EngineRefused, EngineUnreachable, WidthMismatch, WrongModel
+from kobold_sp_plugin.server import app as host
+from kobold_sp_plugin.session import Session
 from kobold_sp_plugin.soft_tokens import attached
 from kobold_sp_plugin.softprompt import Order, Scale
 from tests.models import COMMON, softprompt, tiny_tokenizer
+from tests.serving import GREEDY, asking, outlives
 
 PYTHON = os.environ.get("KOBOLD_SP_VLLM_PYTHON")
 pytestmark = [
@@ -47,7 +50,7 @@ FAMILIES = {"llama": "Llama", "qwen3": "Qwen3", "gemma2": "Gemma2", "gemma3": "G
 ENVIRONMENT = {
     **os.environ,
     "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -213,10 +216,21 @@ def test_a_server_writes_what_transformers_writes(family, tmp_path, trusted):
             VllmServer(url, str(tmp_path / "other"))
 
         assert vllm.effect(SOFT["before"]) == pytest.approx(engine.effect(SOFT["before"]), abs=0.15)
-        process.kill()
-        process.wait()
+        softprompts = tmp_path / "softprompts"
+        softprompts.mkdir()
+        for name in ("noir", "sea"):
+            SOFT["before"][0].save(softprompts / f"{name}.zip")
+        session = Session(softprompts, vllm)
+        with host.Server(session, port=0) as ours:
+            outlives(ours, process.kill, {"prompt": "The door", "max_length": 150, "ban_eos_token": True})
+            process.wait()
+            session.use(engine)
+            assert asking(ours)("POST", "/api/v1/generate", GREEDY).text
+        session.close()
         with pytest.raises(EngineUnreachable, match="No answer"):
             list(vllm.generate(SETTINGS["greedy"]))
+        with pytest.raises(EngineUnreachable, match="No answer"):
+            VllmServer(url, str(folder))
 
 
 def test_a_server_without_the_flag_says_which(family, tmp_path):
@@ -254,12 +268,11 @@ if __name__ == "__main__":
 """
 
 
-def in_process(folder, tmp_path, script, *more, ranks=1):
+def in_process(folder, tmp_path, script, *more):
     """What a script says, in its last line of JSON, in an interpreter with vLLM."""
     (tmp_path / "script.py").write_text(script)
-    environment = {**ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": "0|1" if ranks == 2 else "0"}
     command = [PYTHON, str(tmp_path / "script.py"), str(folder), *more]
-    done = subprocess.run(command, stdout=subprocess.PIPE, env=environment, cwd=tmp_path)
+    done = subprocess.run(command, stdout=subprocess.PIPE, env=ENVIRONMENT, cwd=tmp_path)
     assert done.returncode == 0
     lines = [line for line in done.stdout.decode().splitlines() if line.startswith("[{")]
     return json.loads(lines[-1])
@@ -268,7 +281,7 @@ def in_process(folder, tmp_path, script, *more, ranks=1):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_in_its_own_process_it_writes_what_transformers_writes(family, tmp_path, ranks):
     folder, engine = family
-    written, tokens, again, counted = in_process(folder, tmp_path, IN_PROCESS, str(ranks), ranks=ranks)
+    written, tokens, again, counted = in_process(folder, tmp_path, IN_PROCESS, str(ranks))
 
     class Told:
         def __init__(self, soft):

@@ -5,6 +5,7 @@ koboldcpp and LM Studio cannot be had here, so that what is said of them is not 
 
 import io
 import json
+import os
 import re
 import shlex
 import socket
@@ -32,6 +33,7 @@ needs_server = pytest.mark.skipif(not PROGRAM, reason="KOBOLD_SP_LLAMA_SERVER na
 TEXT = "your text"
 LENGTH = 8
 """Tokens: what the engines keep is in half precision here, and random weights leave more of them close to a tie."""
+SECONDS = 120
 GREEDY = {"temperature": 0.0, "n_predict": LENGTH}
 
 
@@ -85,7 +87,10 @@ def running(command):
     name, *options = shlex.split(command)
     assert name == "llama-server"
     process = subprocess.Popen(
-        [PROGRAM, *options, "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [PROGRAM, *options, "--port", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "LLAMA_ARG_THREADS": "1"},  # on a busy machine they would wait for each other
     )
     remote = Remote(f"http://127.0.0.1:{port}")
     try:
@@ -109,9 +114,9 @@ def test_lora_in_llama_server(exported, family):
     command, body, off = made.quoted("llama-server: ")
     with running(command) as remote:
         body = {**json.loads(body), **GREEDY}
-        assert remote.ask("/completion", body)["content"] == made.expected([made.softprompt])
+        assert remote.ask("/completion", body, SECONDS)["content"] == made.expected([made.softprompt])
         plain = {**json.loads(f"{{{off}}}"), "prompt": TEXT, **GREEDY}
-        assert remote.ask("/completion", plain)["content"] == made.expected([])
+        assert remote.ask("/completion", plain, SECONDS)["content"] == made.expected([])
 
 
 @needs_server
@@ -121,11 +126,22 @@ def test_gguf_in_llama_server(exported, family):
     command, body = made.quoted("llama-server: ")
     with running(command) as remote:
         body = {**json.loads(body), **GREEDY}
-        assert remote.ask("/completion", body)["content"] == made.expected([made.softprompt])
+        assert remote.ask("/completion", body, SECONDS)["content"] == made.expected([made.softprompt])
         typed = {"prompt": made.soft_tokens + TEXT, **GREEDY}
         if made.softprompt.order == "after_bos":
-            assert remote.ask("/completion", typed)["content"] == made.expected([made.softprompt])
-        assert remote.ask("/completion", {"prompt": TEXT, **GREEDY})["content"] == made.expected([])
+            assert remote.ask("/completion", typed, SECONDS)["content"] == made.expected([made.softprompt])
+        assert remote.ask("/completion", {"prompt": TEXT, **GREEDY}, SECONDS)["content"] == made.expected([])
+
+
+@needs_server
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_llama_server_never_draws_the_soft_tokens_of_a_copy(exported, family):
+    made = exported(family, "gguf")
+    command, body = made.quoted("llama-server: ")
+    with running(command) as remote:
+        wild = {"temperature": 100.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "n_predict": 400, "return_tokens": True}
+        drawn = remote.ask("/completion", {**json.loads(body), **wild}, SECONDS)["tokens"]
+    assert len(set(drawn)) > 100 and max(drawn) < len(gguf_files.TOKENS)
 
 
 @needs_server
@@ -138,9 +154,9 @@ def test_slot_in_llama_server(exported, family, cache_type):
     (least,) = re.findall(r"timings\.cache_n is at least (\d+)", made.lines[2])
     with running(command) as remote:
         for _ in range(2):
-            remote.ask("/completion", {"prompt": "Something else", **GREEDY})
+            remote.ask("/completion", {"prompt": "Something else", **GREEDY}, SECONDS)
             remote.ask("/slots/0?action=restore", json.loads(restored))
-            answer = remote.ask("/completion", {**json.loads(body), **GREEDY})
+            answer = remote.ask("/completion", {**json.loads(body), **GREEDY}, SECONDS)
             assert answer["timings"]["cache_n"] >= int(least)
             assert answer["content"] == made.expected([made.softprompt])
 

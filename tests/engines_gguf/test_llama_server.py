@@ -3,6 +3,7 @@
 import socket
 import threading
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,6 +68,7 @@ DRAWN = {
     "typical": {"typical": 0.4},
     "repetition penalty": {"rep_pen": 1.5},
     "its range": {"rep_pen": 1.5, "rep_pen_range": 4},
+    "a range that would reach what stands for soft tokens": {"rep_pen": 1.5, "rep_pen_range": 400},
     "logit bias": {"logit_bias": ((310, 5.0), (311, -100.0))},
     "a banned letter": {"bad_words": ("o",)},
     "no end": {"logit_bias": ((2, 10.0),), "ban_eos": True},
@@ -266,44 +268,43 @@ def test_it_dies_in_the_middle_of_a_text_and_comes_back(llama, tmp_path):
 class TestSamplers:
     """What is left to be drawn from, and how likely, is what KoboldAI's samplers leave."""
 
-    def left(self, server, **given):
-        """The probabilities of the next token, as the server draws from them; behind a soft prompt."""
+    def left(self, server, stack, **given):
+        """The probabilities of the next token, as the server draws from them; behind soft prompts."""
         engine = server.engine()
         settings = GenerationSettings("The door opened and", **{"temperature": 1.0, "top_p": 1.0, **given})
-        request = {**_request(settings, engine.context, engine._banned(settings.bad_words)), "n_predict": 1}
-        request.update(n_probs=2 * len(gguf_files.TOKENS), post_sampling_probs=True)
         ids = engine.token_ids(settings.prompt)
-        answers = list(engine._stream(request, [softprompt()], ids, threading.Event()))
-        (said,) = [each for answer in answers for each in answer.get("completion_probabilities") or ()]
+        said = ()
+        for seed in range(50):  # they are told only where a token is drawn that is a whole character
+            settings = replace(settings, seed=seed)
+            request = {**_request(settings, engine.context, engine._banned(settings.bad_words)), "n_predict": 1}
+            request.update(n_probs=2 * len(gguf_files.TOKENS), post_sampling_probs=True)
+            answers = list(engine._stream(request, stack, ids, threading.Event()))
+            said = [each for answer in answers for each in answer.get("completion_probabilities") or ()]
+            if said:
+                break
         found = torch.zeros(len(gguf_files.TOKENS))
-        for each in said["top_probs"]:
+        for each in said[0]["top_probs"]:
             found[each["id"]] = each["prob"]
         return settings, ids, engine, found
 
+    @pytest.mark.parametrize("order", ["before_bos", "after_bos"])
     @pytest.mark.parametrize("name", DRAWN)
-    def test_each_does_what_koboldai_says(self, llama, in_process, name):
-        settings, ids, engine, found = self.left(llama, **DRAWN[name])
+    def test_each_does_what_koboldai_says(self, llama, in_process, name, order):
+        stack = [softprompt(order=order)]
+        settings, ids, engine, found = self.left(llama, stack, **DRAWN[name])
         assert engine.lacking(settings) == ()
-        logits = torch.tensor(in_process.logits(ids, [softprompt()]))[None]
+        logits = torch.tensor(in_process.logits(ids, stack))[None]
         chosen = samplers(settings, len(ids), (2,), in_process.token_texts, False)
         expected = chosen(torch.tensor([ids]), logits).softmax(-1)[0]
-        assert (found - expected).abs().max() < 1e-4
-        assert torch.equal(found > 0, expected > 0)
+        # Of tokens that are as likely as each other, which a cut goes between, either may be the one that stays.
+        assert (found.sort().values - expected.sort().values).abs().max() < 1e-4
+        in_both = (found > 0) & (expected > 0)
+        assert in_both.any() and (found - expected)[in_both].abs().max() < 1e-4
 
     @pytest.mark.parametrize("name", NAMED)
     def test_what_it_does_not_do_is_named(self, llama, name):
         settings = GenerationSettings("The", **{"temperature": 1.0, "top_p": 1.0, **NAMED[name]})
         assert len(llama.engine().lacking(settings)) == 1
-
-    def test_a_penalty_never_falls_on_what_stands_for_soft_tokens(self, llama, in_process):
-        given = {"rep_pen": 3.0, "max_length": 20, "temperature": 0.0, "rep_pen_range": 512}
-        for order in ("before_bos", "after_bos"):
-            stack = [softprompt(order=order)]
-            prompt = "The rain was in the door and she said that he was there"
-            # Of a text that is longer than what comes after it, what the penalty looks back at hardly moves.
-            assert (
-                text_of(llama.engine(), stack, prompt, **given)[:8] == text_of(in_process, stack, prompt, **given)[:8]
-            )
 
     def test_the_same_seed_gives_the_same_text(self, llama):
         texts = [text_of(llama.engine(), [softprompt()], temperature=1.0, top_p=1.0, seed=seed) for seed in (1, 1, 2)]
