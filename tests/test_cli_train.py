@@ -185,7 +185,7 @@ class TestTrain:
         Path("softprompts/Rain.zip").unlink()
         answer = train(model_folder, "--learning-rate", 0.1)
         assert answer.exit_code == 2
-        assert "learning_rate was 0.3, is 0.1" in answer.output
+        assert "learning_rate was 0.15, is 0.1" in answer.output
 
     def test_a_name_becomes_a_file_name_that_is_valid_everywhere(self, here, model_folder):
         answer = json.loads(train(model_folder, "--json", name="../Rain: a/b?", steps=1).stdout)
@@ -278,6 +278,13 @@ class TestWhatIsWrong:
         assert answer.exit_code == 2
         assert why in answer.output
 
+    def test_messages_for_a_model_without_a_chat_template_are_named(self, here, model_folder):
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        Path("texts/chat.jsonl").write_text(json.dumps({"messages": messages}), encoding="utf-8")
+        answer = train(model_folder)
+        assert answer.exit_code == 2 and not Path("training").exists()
+        assert 'chat.jsonl, line 1: "messages" need a model whose tokenizer has a chat template' in answer.output
+
     def test_an_empty_text_is_no_data(self, here, model_folder):
         Path("texts/a.txt").write_text("\n\n", encoding="utf-8")
         assert "hold no text" in train(model_folder).output
@@ -294,20 +301,22 @@ class TestWhatIsWrong:
         answer = train("half")
         assert "no weights" in answer.output and "no tokenizer" in answer.output
 
-    def test_several_processes_need_the_memory_several_times_and_take_no_shards(self, here, model_folder, monkeypatch):
+    def test_several_processes_need_the_memory_several_times_and_share_no_packed_weights(
+        self, here, model_folder, monkeypatch
+    ):
         from kobold_sp_plugin.training import preflight, processes
 
         monkeypatch.setattr(processes, "count", lambda: 1000)
         monkeypatch.setattr(processes, "number", lambda: 0)
         monkeypatch.setattr(preflight, "free_memory", lambda *_: (10**10, "memory"))
-        answer = train(model_folder, "--sharded")
+        answer = train(model_folder, "--sharded", "--precision", "4bit")
         assert answer.exit_code == 2
         assert "memory has 0.0 GB left" in answer.output and "without accelerate launch" in answer.output
 
     def test_memory_that_does_not_suffice_is_named_with_what_would(self, here, model_folder, monkeypatch):
         from kobold_sp_plugin.training import preflight
 
-        monkeypatch.setattr(preflight, "free_memory", lambda *_: (205 * 10**6, "memory"))
+        monkeypatch.setattr(preflight, "free_memory", lambda *_: (155_500_000, "memory"))
         weights = Path("large")
         weights.mkdir()
         for file in model_folder.iterdir():

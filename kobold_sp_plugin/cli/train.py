@@ -32,7 +32,7 @@ _LINE_SECONDS = 10.0
 @click.option("--steps", type=int, help="Optimizer steps, instead of --epochs.")
 @click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same rows.")
 @click.option("--tokens", type=int, help="Rows of the soft prompt. [default: 20, or those of --from]")
-@click.option("--learning-rate", type=float, help="In units of the embedding's root mean square. [default: 0.3]")
+@click.option("--learning-rate", type=float, help="In units of the embedding's root mean square. [default: 0.15]")
 @click.option("--optimizer", type=click.Choice(["adamw", "adafactor"]), help="[default: adamw]")
 @click.option(
     "--order",
@@ -42,6 +42,7 @@ _LINE_SECONDS = 10.0
 @click.option(
     "--initial-text", metavar="TEXT", default="", help="What the rows begin as, or @FILE. [default: words of the data]"
 )
+@click.option("--initial", type=click.Choice(["text", "vocabulary"]), help="Or sampled vocabulary. [default: text]")
 @click.option(
     "--from",
     "start_from",
@@ -61,7 +62,7 @@ _LINE_SECONDS = 10.0
     type=click.Choice(["auto", "float32", "bfloat16", "float16", "8bit", "4bit"]),
     help="What the model is loaded in; the soft prompt is trained in float32 anyway.",
 )
-@click.option("--sharded", is_flag=True, help="Spread a model that is too large for one GPU over all, and memory.")
+@click.option("--sharded", is_flag=True, help="Spread a model that is too large for one GPU over all.")
 @click.option("--author", default="", help="For the menu, as are the next two.")
 @click.option("--description", default="")
 @click.option("--supported", default="", help="The models it is for, separated by commas. [default: the model's name]")
@@ -77,7 +78,8 @@ def train(as_lines: bool, **given: Any) -> None:
 
     Exit status 1: the soft prompt does not help with texts that were held out, or training was interrupted.
 
-    On several GPUs, or with several processes on one machine: `accelerate launch -m kobold_sp_plugin.cli train ...`.
+    On several GPUs, or with several processes on one machine: `accelerate launch -m kobold_sp_plugin.cli train ...`,
+    with --sharded where no one of them can hold the model.
 
     \b
     Example:

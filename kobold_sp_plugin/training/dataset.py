@@ -92,6 +92,9 @@ class Dataset:
                     count += part.stop - part.start
                     cuts.append(count)
                     documents.append(number)
+            for file in (ids_file, learned_file):  # on the disk before what says that they are whole
+                file.flush()
+                os.fsync(file.fileno())
         if not count:
             raise NoData("The data holds nothing to learn from: every document in it is empty.")
         digest.update(np.asarray(cuts, dtype="<i8").tobytes())
@@ -104,7 +107,9 @@ class Dataset:
     def _is_of(folder: Path, source: str) -> bool:
         try:
             about = json.loads((folder / "tokens.json").read_text(encoding="utf-8"))
-            return bool(about["source"] == source)
+            sizes = [(folder / name).stat().st_size for name in ("tokens.ids", "tokens.learned")]
+            count = about["n_tokens"]
+            return bool(about["source"] == source and sizes == [count * np.dtype(about["dtype"]).itemsize, count])
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
@@ -190,7 +195,10 @@ def _tokens(passage: Passage, tokenizer: Any, newline: str) -> Tuple[List[int], 
     ids: List[int] = []
     learned: List[bool] = []
     for text, is_learned in passage.parts:
-        part = tokenizer(text.replace("\n", newline), add_special_tokens=False, verbose=False)["input_ids"]
+        whole = text.encode("utf-8", "replace").decode(
+            "utf-8"
+        )  # JSON can hold half of a character; tokenizers refuse it
+        part = tokenizer(whole.replace("\n", newline), add_special_tokens=False, verbose=False)["input_ids"]
         ids += part
         learned += [is_learned] * len(part)
     if tokenizer.eos_token_id is not None:

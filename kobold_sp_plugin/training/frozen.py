@@ -27,7 +27,7 @@ def frozen(model: Any, checkpoint_layers: bool) -> Callable[[], None]:
     for module in model.modules():
         if getattr(getattr(module, "quant_state", None), "packing_format_for_cpu", False):
             raise UnsupportedModel(
-                "On this processor a 4-bit model that has generated text can no longer be trained through. Load it anew."
+                "On this processor a 4-bit model that has generated can no longer be trained through. Load it anew."
             )
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     modes = [module for module in model.modules() if module.training]
@@ -36,7 +36,7 @@ def frozen(model: Any, checkpoint_layers: bool) -> Callable[[], None]:
     model.eval()
     hooks = [patch(module, "forward", _gelu) for module in model.modules() if type(module).__name__ in _UNFUSED]
     if checkpoint_layers:
-        hooks += [patch(layer, "forward", _recomputed) for layer in _layers(model)]
+        hooks += [patch(layer, "forward", _recomputed) for layer in layers_of(model)]
     packing = [module for module in model.modules() if getattr(module, _PACKS, False)]
     for module in packing:
         setattr(module, _PACKS, False)
@@ -54,7 +54,7 @@ def frozen(model: Any, checkpoint_layers: bool) -> Callable[[], None]:
     return restore
 
 
-def _layers(model: Any) -> Sequence[Any]:
+def layers_of(model: Any) -> Sequence[Any]:
     """The model's layers: the longest list of modules of one class."""
     lists = [list(each) for each in model.modules() if isinstance(each, torch.nn.ModuleList)]
     return max((each for each in lists if len({type(layer) for layer in each}) == 1), key=len, default=[])

@@ -5,6 +5,7 @@ from typing import Any, Dict, Tuple, Union
 
 from ..engines.transformers import load_transformers
 from ..errors import BadSetting
+from . import processes
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16", "8bit", "4bit")
 BYTES_PER_WEIGHT: Dict[str, float] = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "8bit": 1.1, "4bit": 0.6}
@@ -14,7 +15,8 @@ def load_model(path: Union[str, Path], precision: str = "auto", sharded: bool = 
     """Load a causal model, its tokenizer and its name; the rows that are trained over it are in float32 anyway.
 
     ``precision``: one of :data:`PRECISIONS`; "auto" is float32 on a CPU, and as stored on a GPU. 8 and 4 bit need
-    bitsandbytes. ``sharded``: the layers are spread over all GPUs, and what does not fit there stays in memory.
+    bitsandbytes. ``sharded``: the layers are spread over all GPUs, and what does not fit there stays in memory; with
+    several processes (:mod:`.processes`) each holds its part of every layer.
 
     Raises :class:`BadSetting` or a :class:`~kobold_sp_plugin.errors.ModelError`.
     """
@@ -37,6 +39,10 @@ def load_model(path: Union[str, Path], precision: str = "auto", sharded: bool = 
     if sharded:
         stored = "auto" if torch.cuda.is_available() else torch.float32
         dtype = stored if precision == "auto" else getattr(torch, precision)
-        return load_transformers(path, torch_dtype=dtype, device_map="auto")
+        if processes.count() == 1:
+            return load_transformers(path, torch_dtype=dtype, device_map="auto")
+        model, tokenizer, name = load_transformers(path, torch_dtype=dtype)
+        processes.share(model)
+        return model, tokenizer, name
     model, tokenizer, name = load_transformers(path, torch_dtype=getattr(torch, precision))
     return model.to("cuda") if torch.cuda.is_available() else model, tokenizer, name

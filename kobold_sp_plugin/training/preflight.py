@@ -20,8 +20,14 @@ from .texts import files_of, in_order, passages
 INSTALL = 'pip install "kobold_sp_plugin[training]"'
 _TINY_BYTES = 100_000
 _ADVISED_BYTES = 8_000_000
-_CHUNK_BYTES = 200_000_000
-"""What one chunk of logits and its gradient take, whatever the model."""
+_CHUNK_BYTES = 150_000_000
+"""What one chunk of logits, its gradient and the buffers of the libraries take, whatever the model."""
+_SIZES = (
+    ("num_hidden_layers", "n_layer", "num_layers"),
+    ("hidden_size", "n_embd", "d_model"),
+    ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"),
+)
+"""What configurations call the number of layers, their width, and the width inside them."""
 
 
 @dataclass
@@ -133,10 +139,11 @@ def _look_at_data(plan: Plan, found: Findings) -> int:
     if closed:
         return 0
     n_bytes = sum(file.stat().st_size for file in files)
+    tokenizer = _Templates(plan.model)
     letters = 0
     for file in files:
         try:
-            letters += sum(len(passage.text) for passage in passages(file, _AnyTemplate()))
+            letters += sum(len(passage.text) for passage in passages(file, tokenizer))
         except (TrainingError, OSError) as error:
             found.problems.append(str(error))
             letters += 1
@@ -247,10 +254,13 @@ def _look_at_packages(plan: Plan, found: Findings) -> None:
         if missing:
             found.problems.append(f"{option} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     if plan.sharded and processes.count() > 1:
-        found.problems.append(
-            "--sharded spreads the model from one process, and this one has others beside it: start the command by "
-            "itself, without accelerate launch or torchrun."
-        )
+        if plan.precision in ("8bit", "4bit"):
+            found.problems.append(
+                f"--sharded with several processes takes no --precision {plan.precision}: start the command by itself, "
+                "without accelerate launch or torchrun, or choose another precision."
+            )
+        if not processes.can_share():
+            found.problems.append("--sharded with several processes needs torch 2.6 or newer.")
     if in_order("&amp;") == "&amp;":
         found.remarks.append(
             f"ftfy is not installed: characters from a wrong encoding are learned as they are. {INSTALL}"
@@ -259,14 +269,17 @@ def _look_at_packages(plan: Plan, found: Findings) -> None:
 
 def _look_at_memory(plan: Plan, config: Dict[str, Any], found: Findings) -> None:
     folder = Path(plan.model)
-    free, where = free_memory(plan.sharded)
+    several = processes.count()
+    free, where = free_memory(plan.sharded and several == 1)
     stored = _stored_bytes_per_weight(config)
     count = sum(file.stat().st_size for file in _weights(folder)) / stored if folder.is_dir() else 0
     if not count or not free:
         return
     is_gpu = where != "memory"
     if not is_gpu:
-        free //= processes.count()  # each holds a model of its own
+        free //= several  # each holds a model of its own; of one to be shared, while it loads
+    elif plan.sharded:
+        count /= several
     needed = _needed(count, config, plan.settings, plan.precision, stored, is_gpu)
     if needed <= free:
         return
@@ -279,8 +292,11 @@ def _look_at_memory(plan: Plan, config: Dict[str, Any], found: Findings) -> None
             if would <= free:
                 fitting.append((would, options))
                 break
-    if is_gpu and not plan.sharded and processes.count() == 1 and needed <= free_memory(True)[0]:
+    if is_gpu and not plan.sharded and several == 1 and needed <= free_memory(True)[0]:
         fitting.append((needed, "--sharded, spread over all GPUs and the memory, slower"))
+    if is_gpu and not plan.sharded and several > 1:
+        would = _needed(count / several, config, plan.settings, plan.precision, stored, is_gpu)
+        fitting += [(would, "--sharded, a part of the model on each GPU")] * (would <= free)
     advice = (
         "This would fit: " + "; ".join(f"{options} ({would / 1e9:.1f} GB)" for would, options in fitting) + "."
         if fitting
@@ -332,19 +348,21 @@ def _needed(
 ) -> float:
     """Bytes, roughly: the weights, what the layers keep for the backward pass, a chunk of logits."""
     per_weight = BYTES_PER_WEIGHT.get(precision) or (stored if is_gpu else 4.0)
-    weights = count * per_weight
-    if precision == "auto" and not is_gpu:
-        weights += count * stored / 4  # converted tensor by tensor, while the file is in memory
-    number = [config.get(name) for name in ("num_hidden_layers", "n_layer", "num_layers")]
-    width = [config.get(name) for name in ("hidden_size", "n_embd", "d_model")]
-    layers, columns = (next((each for each in some if isinstance(each, int)), 32) for some in (number, width))
+    layers, columns, inner = (
+        next((value for value in map(config.get, names) if isinstance(value, int)), None) for names in _SIZES
+    )
+    columns = columns or 4096
+    inner = inner or 4 * columns
     value = 2.0 if per_weight <= 2 else 4.0
-    row = settings.block + settings.n_tokens
-    tokens = settings.batch_tokens or (row if is_gpu else 1024)
-    kept = tokens * layers * columns * value * (1 if settings.checkpoint_layers else 24)
+    # Measured on eight families. Of a layer's width: what enters the two norms and the attention, and comes out of it;
+    # of the width inside its feed-forward part: what enters the activation, and with a gate two more.
+    has_gate = "rms_norm_eps" in config
+    of_layer = ((8 if has_gate and value == 2.0 else 6) * columns + (3 if has_gate else 1) * inner) * value
+    tokens = settings.batch_tokens or (settings.block + settings.n_tokens if is_gpu else 1024)
+    kept = tokens * (layers or 32) * (columns * value if settings.checkpoint_layers else of_layer)
     if settings.checkpoint_layers:
-        kept += tokens * columns * value * 24
-    return weights + kept + _CHUNK_BYTES
+        kept += tokens * of_layer
+    return count * per_weight + kept + _CHUNK_BYTES
 
 
 def _stored_bytes_per_weight(config: Dict[str, Any]) -> float:
@@ -369,10 +387,30 @@ def _nearest(folder: Path) -> Path:
     return folder
 
 
-class _AnyTemplate:
-    """Stands in for a tokenizer while files are looked at: writes messages as they are."""
+class _Templates:
+    """The model's tokenizer as far as chat messages need it, loaded when there are any.
 
-    chat_template = "none"
+    Where it cannot be loaded, which is said elsewhere, it writes messages as they are.
+    """
+
+    def __init__(self, model: str):
+        self._model = model
+        self._tokenizer: Any = None
+
+    @property
+    def chat_template(self) -> Any:
+        """None where the model has none."""
+        if self._tokenizer is None:
+            from transformers import AutoTokenizer
+
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(self._model)
+            except Exception:  # each release has errors of its own for each kind of trouble
+                return "none"
+        return getattr(self._tokenizer, "chat_template", None)
 
     def apply_chat_template(self, messages: List[Any], **options: Any) -> str:
-        return "\n".join(str(json.dumps(message["content"])) + message["role"] for message in messages)
+        """The text of ``messages``."""
+        if self._tokenizer is None:
+            return "\n".join(json.dumps(message["content"]) + message["role"] for message in messages)
+        return str(self._tokenizer.apply_chat_template(messages, **options))

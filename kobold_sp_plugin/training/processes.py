@@ -10,6 +10,8 @@ from typing import Any, Sequence
 import torch
 import torch.distributed as distributed
 
+from .frozen import layers_of
+
 
 def join() -> None:
     """Join the processes that this one was started with, if it was; on machines with GPUs each takes one."""
@@ -52,6 +54,36 @@ def add(tensors: Sequence[torch.Tensor]) -> None:
     if count() > 1:
         for tensor in tensors:
             distributed.all_reduce(tensor)
+
+
+def share(model: Any) -> None:
+    """Leave each process its part of the weights of each of ``model``'s layers, in place, and freeze them.
+
+    A layer is whole only while it computes, so that from now on all processes have to call the model together. What is
+    no layer (embedding, head) each has whole. torch's own ``fully_shard``; raises :class:`ImportError` before 2.6.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    model.requires_grad_(False)
+    for layer in layers_of(model):
+        fully_shard(layer)
+    if torch.cuda.is_available():
+        model.to(torch.cuda.current_device())
+    model._is_fsdp_managed_module = True  # where transformers looks: its `generate` goes on until all have ended
+
+
+def can_share() -> bool:
+    """Whether this torch has what :func:`share` needs."""
+    try:
+        from torch.distributed.fsdp import fully_shard  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def shares(model: Any) -> bool:
+    """Whether :func:`share` was called on it."""
+    return bool(getattr(model, "_is_fsdp_managed_module", False))
 
 
 def sums(values: Sequence[float], device: Any) -> Sequence[float]:

@@ -17,7 +17,7 @@ class Settings:
     """Optimizer steps; None: ``epochs`` over the data, but no more than ``most_steps``."""
     epochs: float = 3.0
     most_steps: int = 2000
-    learning_rate: float = 0.3
+    learning_rate: float = 0.15
     """In units of the embedding matrix's root mean square, so that one value fits all models."""
     optimizer: str = "adamw"
     """"adamw" or "adafactor"."""
@@ -44,9 +44,10 @@ class Settings:
     held_out: float = 0.05
     """Share of the documents that is kept from training."""
     evaluate_every: Optional[int] = None
-    """Steps between two looks at the held-out loss; None: twenty in all."""
-    patience: int = 6
-    """Looks without a better held-out loss after which training ends; 0: never."""
+    """Steps between two looks at the held-out loss; None: twelve in all."""
+    patience: int = 8
+    """Looks without a better held-out loss after which training ends; 0: never. Most of what there are: while the rate
+    is high the loss goes up and down, and as the rate falls so does the loss."""
     save_every: int = 50
     """Steps between two checkpoints."""
     seed: int = 0

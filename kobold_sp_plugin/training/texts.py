@@ -199,6 +199,10 @@ def _chat(messages: List[Any], where: str, tokenizer: Any) -> Passage:
                 written = text
     except (KeyError, TypeError) as error:
         raise DataNotUnderstood(f'{where}: each message needs "role" and "content"') from error
+    except DataNotUnderstood:
+        raise
+    except Exception as error:  # a template is a program, and says what it likes
+        raise DataNotUnderstood(f"{where}: the model's chat template refuses these messages: {error}") from error
     if not parts:
         raise DataNotUnderstood(f"{where}: no message of the assistant's, so there is nothing to learn")
     return Passage(tuple(parts), where)

@@ -15,7 +15,7 @@ import torch
 from models import FAMILY, tiny_model, tiny_tokenizer
 
 from kobold_sp_plugin import SoftPrompt, training
-from kobold_sp_plugin.training import Settings, train
+from kobold_sp_plugin.training import Settings, processes, train
 
 ROOT = Path(training.__file__).resolve().parents[2]
 pytestmark = [
@@ -75,18 +75,48 @@ def test_two_processes_make_the_rows_of_one_also_when_they_are_interrupted(tmp_p
     )
     alone = train(tiny_model(FAMILY), tiny_tokenizer(), TEXTS, settings).rows
     code = WORKER.format(tests=str(Path(__file__).resolve().parents[1]), texts=TEXTS)
+    list(workers_of(code, tmp_path))
+    assert np.allclose(np.load(tmp_path / "rows.npy"), alone, atol=1e-5)
+
+
+SHARED = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+from kobold_sp_plugin.training import processes
+from kobold_sp_plugin.training.loading import load_model
+processes.join()
+model, _, _ = load_model("model", "auto", True)
+kept = sum(each.to_local().numel() if hasattr(each, "to_local") else 0 for each in model.model.layers.parameters())
+print("kept", kept, "of", sum(each.numel() for each in model.model.layers.parameters()))
+processes.leave()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not processes.can_share(), reason="this torch has no fully_shard")
+def test_of_a_shared_model_each_process_keeps_its_part(place):
+    for worker in workers_of(SHARED.format(tests=str(Path(__file__).resolve().parents[1])), place):
+        _, kept, _, whole = worker.split()
+        assert int(kept) == int(whole) // 2 > 0
+
+
+def workers_of(code, folder):
+    """What two processes print that run ``code`` together."""
     together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     with contextlib.ExitStack() as stack:
         workers = []
         for rank in range(2):
             own = {**ENVIRONMENT, **together, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            worker = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=own, stderr=subprocess.PIPE)
-            workers.append(stack.enter_context(worker))
-            stack.callback(worker.kill)
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+            workers.append(
+                stack.enter_context(subprocess.Popen([sys.executable, "-c", code], cwd=folder, env=own, **pipes))
+            )
+            stack.callback(workers[-1].kill)
         for worker in workers:
-            _, err = worker.communicate(timeout=200)
-            assert worker.returncode == 0, err.decode(errors="replace")[-3000:]
-    assert np.allclose(np.load(tmp_path / "rows.npy"), alone, atol=1e-5)
+            out, err = (each.decode(errors="replace") for each in worker.communicate(timeout=200))
+            assert worker.returncode == 0, err[-3000:]
+            yield out
 
 
 def free_port():
@@ -127,6 +157,14 @@ class TestCommand:
         assert json.loads(out)["resumed_at"] >= 5
         two, again = (SoftPrompt.load(place / "softprompts" / f"{name}.zip").rows for name in ("two", "again"))
         assert again.tobytes() == two.tobytes()
+
+    def test_a_model_that_is_shared_gives_the_rows_of_one_that_is_not(self, place):
+        if not processes.can_share():
+            pytest.skip("this torch has no fully_shard")
+        for name, more in (("whole", ()), ("shared", ("--sharded",))):
+            self.finished(self.start(place, 2, "--name", name, "--steps", 25, *more))
+        whole, shared = (SoftPrompt.load(place / "softprompts" / f"{name}.zip").rows for name in ("whole", "shared"))
+        assert np.allclose(shared, whole, atol=1e-5)
 
     def test_what_is_wrong_is_said_once(self, place):
         process = self.start(place, 2, "--name", "../..", "--steps", 3)

@@ -64,6 +64,14 @@ def test_of_a_chat_only_what_the_assistant_says_is_learned(tmp_path):
     with pytest.raises(errors.DataNotUnderstood, match="has none"):
         of(tmp_path)
 
+    def refuse(*_, **__):
+        raise RuntimeError("roles must alternate")
+
+    refusing = Template()
+    refusing.apply_chat_template = refuse
+    with pytest.raises(errors.DataNotUnderstood, match=r"line 1.*roles must alternate"):
+        of(tmp_path, refusing)
+
 
 @pytest.mark.parametrize(
     "content",
