@@ -8,8 +8,9 @@ import ctypes
 import logging
 import threading
 from collections import deque
+from functools import cached_property
 from importlib import import_module
-from typing import Any, Deque, List, Optional, Sequence
+from typing import Any, Deque, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -199,6 +200,18 @@ class Decoder:
         return bool(
             self._llama.llama_vocab_get_text(self._vocab, first).decode("utf-8", "replace").startswith(WORD_STARTS)
         )
+
+    @cached_property
+    def never(self) -> Tuple[int, ...]:
+        """Ids that the model's file says are never to be drawn."""
+        count = ctypes.c_int32()
+        found = self._llama.llama_vocab_get_suppress_tokens(self._vocab, ctypes.byref(count))
+        return tuple(found[at] for at in range(count.value))
+
+    @cached_property
+    def ends(self) -> Tuple[int, ...]:
+        """All ids that a text ends with."""
+        return tuple(token for token in range(self.vocabulary) if self.is_end(token))
 
     def is_end(self, token: int) -> bool:
         """Whether a text ends with this token."""

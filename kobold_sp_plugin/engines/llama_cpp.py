@@ -4,8 +4,8 @@ What the model makes of a soft prompt is kept and copied for each generation, so
 text that begins as the one before, what is new is read.
 """
 
-import ctypes
 import hashlib
+import math
 import secrets
 import threading
 from contextlib import contextmanager
@@ -26,6 +26,7 @@ from .effects import effect_of
 from .fitting import fit, in_front, softprompts_inside
 from .gguf_model import chat_prompt, check_widths
 from .llama_bindings import Decoder
+from .samplers import REPETITION_PENALTY, TEMPERATURE, TOP_K, TOP_P, TYPICAL
 from .turns import Turns
 
 DEFAULT_CONTEXT = 8192
@@ -337,37 +338,51 @@ def _rows(softprompts: Sequence[SoftPrompt], model: ModelFile) -> np.ndarray:
 
 @contextmanager
 def _sampler(decoder: Decoder, settings: GenerationSettings, ids: Sequence[int]) -> Iterator[Any]:
-    """A function that draws the next token, by llama.cpp's own samplers, in the order of transformers."""
+    """A function that draws the next token, by llama.cpp's own samplers, in the client's order.
+
+    Top-a, tail free, the slope of the repetition penalty and banned words, which llama.cpp has not, are left aside.
+    """
     llama, vocabulary = decoder._llama, decoder.vocabulary
     chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
     try:
 
-        def add(sampler: Any) -> None:
+        def add(sampler: Any, seen: Sequence[int] = ()) -> None:
+            for each in seen:
+                llama.llama_sampler_accept(sampler, each)
             llama.llama_sampler_chain_add(chain, sampler)
 
-        count = ctypes.c_int32()
-        never = llama.llama_vocab_get_suppress_tokens(decoder.vocab, ctypes.byref(count))
-        if count.value:
-            biases = (llama.llama_logit_bias * count.value)(
-                *[llama.llama_logit_bias(never[at], float("-inf")) for at in range(count.value)]
-            )
-            add(llama.llama_sampler_init_logit_bias(vocabulary, count.value, biases))
-        if settings.rep_pen != 1:
-            add(llama.llama_sampler_init_penalties(vocabulary, decoder.n_context, settings.rep_pen, 0.0, 0.0))
-        if min(settings.temperature, settings.top_p) < GREEDY_BELOW:
+        biases = [(token, bias) for token, bias in settings.logit_bias if token < vocabulary]
+        biases += [(token, -math.inf) for token in (*decoder.never, *(decoder.ends if settings.ban_eos else ()))]
+        if biases:
+            array = (llama.llama_logit_bias * len(biases))(*[llama.llama_logit_bias(*each) for each in biases])
+            add(llama.llama_sampler_init_logit_bias(vocabulary, len(biases), array))
+        greedy = min(settings.temperature, settings.top_p) < GREEDY_BELOW
+        for number in settings.sampler_order:
+            if number == REPETITION_PENALTY:
+                if settings.rep_pen != 1:
+                    reach = min(settings.rep_pen_range or decoder.n_context, decoder.n_context)
+                    add(llama.llama_sampler_init_penalties(vocabulary, reach, settings.rep_pen, 0.0, 0.0), ids)
+                often, once = settings.frequency_penalty, settings.presence_penalty
+                if often or once:  # of what is new alone
+                    add(llama.llama_sampler_init_penalties(vocabulary, decoder.n_context, 1.0, often, once))
+            elif greedy:
+                continue
+            elif number == TOP_K and settings.top_k > 0:
+                add(llama.llama_sampler_init_top_k(settings.top_k))
+            elif number == TOP_P:  # KoboldCpp has min-p in the same place
+                if settings.top_p < 1:
+                    add(llama.llama_sampler_init_top_p(settings.top_p, 1))
+                if settings.min_p > 0:
+                    add(llama.llama_sampler_init_min_p(settings.min_p, 1))
+            elif number == TYPICAL and settings.typical < 1:
+                add(llama.llama_sampler_init_typical(max(settings.typical, 1e-6), 1))
+            elif number == TEMPERATURE:
+                add(llama.llama_sampler_init_temp(settings.temperature))
+        if greedy:
             add(llama.llama_sampler_init_greedy())
         else:
-            add(llama.llama_sampler_init_temp(settings.temperature))
-            if settings.top_k:
-                add(llama.llama_sampler_init_top_k(settings.top_k))
-            if settings.top_p < 1:
-                add(llama.llama_sampler_init_top_p(settings.top_p, 1))
-            if settings.typical < 1:
-                add(llama.llama_sampler_init_typical(max(settings.typical, 1e-6), 1))
             seed = secrets.randbits(32) if settings.seed is None else settings.seed
             add(llama.llama_sampler_init_dist(seed % 0xFFFFFFFF))  # the last means "draw one"
-        for each in ids if settings.rep_pen != 1 else ():
-            llama.llama_sampler_accept(chain, each)
         yield lambda: int(llama.llama_sampler_sample(chain, decoder.context, -1))
     finally:
         llama.llama_sampler_free(chain)

@@ -25,6 +25,7 @@ from .effects import effect_of_likeliest
 from .fitting import fit, in_front, softprompts_inside
 from .gguf_model import chat_prompt, check_widths
 from .remote import Remote
+from .samplers import REPETITION_PENALTY, TEMPERATURE, TOP_K, TOP_P, TYPICAL
 from .slots import Slot, slot_of, write_slot
 from .turns import Turns
 
@@ -286,9 +287,14 @@ class LlamaServerEngine:
                     return
 
 
-def _request(settings: GenerationSettings, last: int) -> Dict[str, Any]:
-    """The settings in llama-server's words, with the samplers in the order of transformers."""
+def _request(settings: GenerationSettings, context: int) -> Dict[str, Any]:
+    """The settings in llama-server's words.
+
+    Top-a, tail free, the slope of the repetition penalty and banned words, which it has not, are left aside; presence
+    and frequency penalties look at what stands there already too, as far back as the repetition penalty.
+    """
     greedy = min(settings.temperature, settings.top_p) < GREEDY_BELOW
+    order = [_SAMPLERS[number] for number in settings.sampler_order if number in _SAMPLERS]
     return {
         **_STREAMED,
         "n_predict": settings.max_length,
@@ -296,10 +302,24 @@ def _request(settings: GenerationSettings, last: int) -> Dict[str, Any]:
         "top_k": 1 if greedy else settings.top_k,
         "top_p": settings.top_p,
         "typical_p": max(settings.typical, 1e-6),
-        "min_p": 0.0,
+        "min_p": settings.min_p,
         "repeat_penalty": settings.rep_pen,
-        "repeat_last_n": last,
-        "samplers": ["penalties", "top_k"] if greedy else ["penalties", "temperature", "top_k", "top_p", "typ_p"],
+        "repeat_last_n": min(settings.rep_pen_range or context, context),
+        "presence_penalty": settings.presence_penalty,
+        "frequency_penalty": settings.frequency_penalty,
+        "samplers": ["penalties", "top_k"] if greedy else [name for names in order for name in names],
+        "logit_bias": [[token, bias] for token, bias in settings.logit_bias],
+        "ignore_eos": settings.ban_eos,
         "stop": [each for each in settings.stop_sequence if each],
         "seed": secrets.randbits(31) if settings.seed is None else settings.seed % 0xFFFFFFFF,
     }
+
+
+_SAMPLERS = {
+    REPETITION_PENALTY: ["penalties"],
+    TOP_K: ["top_k"],
+    TOP_P: ["top_p", "min_p"],
+    TYPICAL: ["typ_p"],
+    TEMPERATURE: ["temperature"],
+}
+"""KoboldAI's numbers of its samplers in llama-server's words; KoboldCpp has min-p in the place of top-p."""
