@@ -51,7 +51,7 @@ def main():
 
         def first_token(number, softprompts, keep=True):
             if not keep:
-                engine._kept = type(engine._kept)()  # as if nothing were kept: the rows are read again
+                engine._kept = engine._story = type(engine._kept)()  # as if nothing were kept: the rows are read again
             text = " ".join([words[number % 8], *words[number // 8 % 8 :], *(["the rain"] * 200)])
             ids = engine._decoder.ids_of(text)[:N_TEXT]
             settings = GenerationSettings(engine._decoder.text_of(ids[1:]), max_length=1, temperature=0.0)

@@ -93,6 +93,7 @@ class Decoder:
         self._ids = llama.llama_batch_init(settings.n_batch, 0, 1)
         self._rows = llama.llama_batch_init(settings.n_batch, self.width, 1)
         self._at_once = int(settings.n_batch)
+        self._ends: Optional[List[int]] = None
 
     def close(self) -> None:
         """Free everything; nothing else may be called after it."""
@@ -205,8 +206,10 @@ class Decoder:
         return bool(self._llama.llama_vocab_is_eog(self._vocab, token))
 
     def ends(self) -> List[int]:
-        """The tokens that a text ends with."""
-        return [token for token in range(self.vocabulary) if self.is_end(token)]
+        """The tokens that a text ends with; looked for once, since there are many to look at."""
+        if self._ends is None:
+            self._ends = [token for token in range(self.vocabulary) if self.is_end(token)]
+        return self._ends
 
     def suppressed(self) -> List[int]:
         """The tokens that the file says are never to be drawn."""

@@ -74,7 +74,7 @@ _KOBOLDAI = (
     _Operation("get", "/config/soft_prompt", "The soft prompt that is selected", _VALUE),
     _Operation("put", "/config/soft_prompt", "Select a soft prompt", _ANYTHING, SOFT_PROMPT, (422, 501)),
     _Operation("get", "/config/soft_prompts_list", "Soft prompts that fit", _object(values=_list_of(_VALUE))),
-    _Operation("post", "/generate", "Continue a text", _RESULTS, GENERATION, _GENERATING),
+    _Operation("post", "/generate", "Continue a text; `notices`: what was left out", _RESULTS, GENERATION, _GENERATING),
 )
 
 _OPERATIONS = (

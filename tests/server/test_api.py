@@ -563,3 +563,14 @@ def test_a_port_that_is_taken_is_an_error(session, server):
     with pytest.raises(OSError):
         Server(session, port=server.port)
     assert urlsplit(server.url).port == server.port
+
+
+def test_what_the_engine_does_not_do_is_told(ask, engine, monkeypatch):
+    def lacking(settings):
+        return ("It has no tfs; it was left out.",) if settings.tfs < 1 else ()
+
+    monkeypatch.setattr(engine, "lacking", lacking, raising=False)
+    (result,) = ask("POST", "/api/v1/generate", {**GREEDY, "tfs": 0.9}).json["results"]
+    assert result["notices"] == ["It has no tfs; it was left out."]
+    (result,) = ask("POST", "/api/v1/generate", GREEDY).json["results"]
+    assert "notices" not in result
