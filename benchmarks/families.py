@@ -116,6 +116,7 @@ SPECIAL = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False, "mamba_dt_rank": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 8},
+    "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4},
     "mimo_v2_flash": {"num_key_value_heads": 2},
     "qwen4_exp_text": {
         **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8},

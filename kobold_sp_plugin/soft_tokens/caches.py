@@ -28,6 +28,8 @@ _CHANGING_LAYERS = (
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")
 """Rotary embeddings whose first positions look different in a long text than in a short one."""
 
+FIRST_ROW = slice(0, 1)
+
 MOVED = "_kobold_sp_moved"
 """The attribute of a replaced ``forward`` under which keys and values are others than those that are kept."""
 
@@ -43,7 +45,8 @@ class NotExact(Exception):
     """Why a text is read without reuse."""
 
 
-# A beginning is a list of a cache's layers, or a pair of lists of tensors, or nested tuples of tensors; of one row.
+# A beginning is a list of a cache's layers, or a pair of lists of tensors, or nested tuples of tensors; of one row
+# where nothing else is said.
 
 
 def check(model: Any, inputs: Dict[str, Any], mask: Optional[torch.Tensor]) -> None:
@@ -138,9 +141,9 @@ def _autocasts(device_type: str) -> bool:
         return torch.is_autocast_enabled() or torch.is_autocast_cpu_enabled()
 
 
-def computed(model: Any, inputs: Dict[str, Any], n: int) -> Any:
-    """What the model keeps of the first ``n`` positions of the first row."""
-    mine = sliced(inputs, slice(0, n))
+def computed(model: Any, inputs: Dict[str, Any], n: int, rows: slice = FIRST_ROW) -> Any:
+    """What the model keeps of the first ``n`` positions of these ``rows``."""
+    mine = sliced(inputs, slice(0, n), rows)
     output = _called(model, mine)
     cache: Any = mine.get(name_of_cache(mine))
     if cache is None:
@@ -195,6 +198,45 @@ def _cut_tensor(tensor: torch.Tensor, length: int, n: int) -> torch.Tensor:
     return tensor[:, :, :n]
 
 
+def parted(held: Any, batch: int) -> List[Any]:
+    """What is held of ``batch`` rows, row by row; copies, so that one can go without the others."""
+    for tensor in _checked_rows(held):
+        if tensor.shape[0] != batch:
+            raise NotExact(f"its cache has tensors of the shape {list(tensor.shape)} for {batch} rows")
+    return [_with_tensors(held, [each[row : row + 1].clone() for each in _checked_rows(held)]) for row in range(batch)]
+
+
+def stacked(parts: List[Any], times: int) -> Any:
+    """What is held of several rows, each of them so many ``times``, of what is held of each."""
+    tensors = [torch.cat(each) for each in zip(*map(_checked_rows, parts))]
+    return _with_tensors(parts[0], [each.repeat_interleave(times, dim=0) if times > 1 else each for each in tensors])
+
+
+def _checked_rows(held: Any) -> List[torch.Tensor]:
+    """The tensors of keys and values, of which each row has its own."""
+    if isinstance(held, list) and not all(type(layer).__name__ in _FROZEN_LAYERS for layer in held):
+        raise NotExact("its cache holds more than keys and values of each row")
+    tensors = [each for each in _tensors_in(held) if each.numel()]
+    if not all(each.dim() == 4 for each in tensors):
+        raise NotExact("its cache holds more than keys and values of each row")
+    return tensors
+
+
+def _with_tensors(held: Any, tensors: List[torch.Tensor]) -> Any:
+    """``held`` with others in the place of its tensors."""
+    others = iter(tensors)
+
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        return next(others) if tensor.numel() else tensor
+
+    if not isinstance(held, list):
+        return _mapped(held, change)
+    made = [copy.copy(layer) for layer in held]
+    for layer in made:
+        vars(layer).update(_mapped(vars(layer), change))
+    return made
+
+
 def agree(model: Any, inputs: Dict[str, Any], held: Any, n: int) -> bool:
     """Whether the logits at the end of ``inputs`` are the same behind the first ``n`` positions, which ``held`` holds.
 
@@ -239,13 +281,13 @@ def _called(model: Any, inputs: Dict[str, Any]) -> Any:
         return model(**{**inputs, "use_cache": True, "return_dict": True})
 
 
-def sliced(inputs: Dict[str, Any], positions: slice) -> Dict[str, Any]:
-    """The inputs of a forward pass over some ``positions`` of the first row, with a cache of its own."""
+def sliced(inputs: Dict[str, Any], positions: slice, rows: slice = FIRST_ROW) -> Dict[str, Any]:
+    """The inputs of a forward pass over some ``positions`` of ``rows``, with a cache of its own."""
     mine = dict(inputs)
     for name in (*_PER_POSITION, "attention_mask"):
         value = mine.get(name)
         if isinstance(value, torch.Tensor):
-            mine[name] = (value[..., :1, positions] if value.dim() > 1 else value[positions]).clone()
+            mine[name] = (value[..., rows, positions] if value.dim() > 1 else value[positions]).clone()
     name = name_of_cache(inputs)
     if name in inputs:
         mine[name] = copy.deepcopy(inputs[name])
@@ -291,6 +333,8 @@ def _widened(tensor: torch.Tensor, batch: int) -> torch.Tensor:
     """``tensor`` of one row, for ``batch`` rows; a view, except where heads are folded into the rows."""
     if tensor.shape[0] == 1:
         return tensor.expand(batch, *tensor.shape[1:])
+    if tensor.dim() == 4 and tensor.shape[0] == batch:  # each row has its own
+        return tensor
     return tensor.repeat(batch, *([1] * (tensor.dim() - 1)))
 
 

@@ -548,8 +548,8 @@ class GenerationAdapter:
         model = self._model()
         if generation.conversation is not None and generation.conversation.begin(model, inputs, mask):
             return True
-        front = None if generation.rows.first == _NO_ID else generation.rows.at_front()
-        return front is not None and self._prefixes.shorten(model, front, inputs, mask) and front.is_all
+        fronts = [] if generation.rows.first == _NO_ID else generation.rows.at_front()
+        return bool(fronts) and self._prefixes.shorten(model, fronts, inputs, mask) and fronts[0].is_all
 
     def _encode(self, original: Callable[..., Any], inputs_tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         generation = self._generation

@@ -7,12 +7,13 @@ says why.
 import logging
 import threading
 from collections import OrderedDict
-from typing import Any, Dict, Hashable, Optional
+from typing import Any, Dict, Hashable, List, Optional
 
 import torch
 
 from .caches import (
     FAILURES,
+    FIRST_ROW,
     NotExact,
     agree,
     begin_behind,
@@ -20,7 +21,9 @@ from .caches import (
     check,
     computed,
     kind_of,
+    parted,
     sliced,
+    stacked,
     state_of,
     was_emptied,
 )
@@ -28,7 +31,7 @@ from .rows import Rows
 
 _LOG = logging.getLogger(__name__)
 
-MOST_PREFIXES = 4
+MOST_PREFIXES = 8
 MOST_BYTES = 512 * 2**20
 """All prefixes of one model together; one that is larger is not kept."""
 
@@ -47,55 +50,65 @@ class Prefixes:
         self._state: Hashable = None
         self._proved: Dict[Hashable, bool] = {}
 
-    def shorten(self, model: Any, rows: Rows, inputs: Dict[str, Any], mask: Optional[torch.Tensor]) -> bool:
+    def shorten(self, model: Any, fronts: List[Rows], inputs: Dict[str, Any], mask: Optional[torch.Tensor]) -> bool:
         """Change ``inputs``, in place, to begin behind the soft tokens; False: they stay as they are.
 
-        ``inputs`` are those of the forward pass that reads the whole prompt, with an empty cache; ``mask`` is
-        the prompt's attention mask, None where nothing is padding.
+        ``fronts`` has what all rows begin with, or as much for each of them. ``inputs`` are those of the forward pass
+        that reads the whole prompt, with an empty cache; ``mask`` is the prompt's attention mask, None where nothing
+        is padding.
         """
         try:
-            n_prefix = self._shorten(model, rows, inputs, mask)
+            n_prefix = self._shorten(model, fronts, inputs, mask)
         except NotExact as reason:
             _LOG.debug("no prefix reuse: %s", reason)
             return False
         _LOG.debug("read %d soft tokens from the cache of their prefix", n_prefix)
         return True
 
-    def _shorten(self, model: Any, rows: Rows, inputs: Dict[str, Any], mask: Optional[torch.Tensor]) -> int:
+    def _shorten(self, model: Any, fronts: List[Rows], inputs: Dict[str, Any], mask: Optional[torch.Tensor]) -> int:
+        rows = fronts[0]
         if rows.room < rows.n_tokens:
             raise NotExact("there is no text behind the soft tokens")
         check(model, inputs, mask)
         n_prefix = _length_of_prefix(rows, inputs["input_ids"])
+        keys = [(each.softprompts, n_prefix) for each in fronts]
+        if len(set(keys)) > MOST_PREFIXES:
+            raise NotExact(f"the rows of the batch begin with more than {MOST_PREFIXES} different soft prompts")
         state = state_of(model)
-        key = (rows.softprompts, n_prefix)
         with self._lock:
             if state != self._state:
                 self._kept.clear()
                 self._proved.clear()
                 self._state = state
-            prefix = self._kept.get(key)
-        if prefix is None or was_emptied(prefix):
-            prefix = self._made(model, inputs, n_prefix)
-        self._keep(key, prefix, state)
-        if isinstance(prefix, NotExact):
-            raise prefix
-        begin_behind(inputs, prefix, n_prefix)
+            prefixes = [self._kept.get(key) for key in keys]
+        if any(each is None or was_emptied(each) for each in prefixes):
+            prefixes = self._made(model, inputs, n_prefix, len(fronts))
+        for key, prefix in zip(keys, prefixes):
+            self._keep(key, prefix, state)
+        for prefix in prefixes:
+            if isinstance(prefix, NotExact):
+                raise prefix
+        if len(prefixes) > 1:
+            prefixes = [stacked(prefixes, len(inputs["input_ids"]) // len(prefixes))]
+        begin_behind(inputs, prefixes[0], n_prefix)
         return n_prefix
 
-    def _made(self, model: Any, inputs: Dict[str, Any], n_prefix: int) -> Any:
-        """A new prefix, or why there is none."""
+    def _made(self, model: Any, inputs: Dict[str, Any], n_prefix: int, n_fronts: int) -> List[Any]:
+        """New prefixes, or why there are none."""
         try:
-            prefix = computed(model, inputs, n_prefix)
+            every = slice(0, None, len(inputs["input_ids"]) // n_fronts) if n_fronts > 1 else FIRST_ROW
+            prefix = computed(model, inputs, n_prefix, every)
             size = bytes_of(prefix)
             if size > MOST_BYTES:
                 raise NotExact(f"{size} bytes of keys and values are more than are kept")
-            self._prove(model, inputs, prefix, n_prefix)
+            prefixes = parted(prefix, n_fronts) if n_fronts > 1 else [prefix]
+            self._prove(model, inputs, prefixes[0], n_prefix)
         except NotExact as reason:
-            return reason
+            return [reason] * n_fronts
         except FAILURES as error:
             # The prompt as a whole is what was asked for: a model that cannot read a part of it may still read that.
-            return NotExact(f"reading it in two parts failed ({type(error).__name__}: {error})")
-        return prefix
+            return [NotExact(f"reading it in two parts failed ({type(error).__name__}: {error})")] * n_fronts
+        return prefixes
 
     def _keep(self, key: Hashable, prefix: Any, state: Hashable) -> None:
         with self._lock:

@@ -81,12 +81,36 @@ class Rows:
             ids = torch.where(is_of_it, input_ids - place + first_of[softprompt], ids)
         return ids
 
-    def at_front(self) -> "Optional[Rows]":
-        """What every row of the prompt begins with, as a selection; None where that is no soft prompt."""
+    def at_front(self) -> "List[Rows]":
+        """What the prompt begins with, as a selection: of all its rows, or, as many positions, of each of them.
+
+        Empty where that is no soft prompt.
+        """
         if self.prompt is None:
-            return self
-        shared = (self.prompt == self.prompt[:1]).all(0) & (self.prompt[0] >= self.first)
-        ids = self.prompt[0, : int(shared.long().cumprod(0).sum())].tolist()
+            return [self]
+        is_soft = self.prompt >= self.first
+        shared = (self.prompt == self.prompt[:1]).all(0) & is_soft[0]
+        fronts = [self._whole_in(self.prompt[0, : int(shared.long().cumprod(0).sum())].tolist())]
+        if not fronts[0]:
+            runs = is_soft.long().cumprod(1).sum(1).tolist()
+            fronts = [self._whole_in(row[:run].tolist()) for row, run in zip(self.prompt, runs)]
+        lengths = {sum(each.n_tokens for each in front) for front in fronts}
+        if len(lengths) > 1 or lengths == {0}:
+            return []
+        at = lengths.pop()
+        is_all = not bool(is_soft[:, at:].any())
+        found = []
+        for front in fronts:
+            rows = copy.copy(self)
+            rows.prompt = None
+            rows.softprompts = front
+            rows.n_before = rows.n_tokens = rows.room = at
+            rows.is_all = is_all
+            found.append(rows)
+        return found
+
+    def _whole_in(self, ids: List[int]) -> Tuple[SoftPrompt, ...]:
+        """The soft prompts that ``ids`` begin with, as far as they are whole."""
         starts, softprompts = {}, []
         next_id = self.first
         for softprompt in self._in_order:
@@ -99,14 +123,7 @@ class Rows:
                 break
             softprompts.append(found)
             at += found.n_tokens
-        if not softprompts:
-            return None
-        rows = copy.copy(self)
-        rows.prompt = None
-        rows.softprompts = tuple(softprompts)
-        rows.n_before = rows.n_tokens = rows.room = at
-        rows.is_all = not bool((self.prompt[:, at:] >= self.first).any())
-        return rows
+        return tuple(softprompts)
 
     def ids(self, device: Union[torch.device, str, None] = None) -> torch.Tensor:
         """``[n_tokens]``: the ids, in the order in which they are read."""

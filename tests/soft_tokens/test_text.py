@@ -12,6 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from kobold_sp_plugin import SoftPrompt, attach
 from kobold_sp_plugin.errors import ContextExceeded, UnsupportedCall, WidthMismatch
+from kobold_sp_plugin.soft_tokens.prefix import MOST_PREFIXES
 from kobold_sp_plugin.soft_tokens.text import FIRST_ID, MOST_KEPT, with_softprompts
 
 RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -297,3 +298,39 @@ def test_eight_different_ones_side_by_side(tokenizer):
         with attach(model).override(softprompt_):
             alone = generate(model, tokenizer("The door", return_tensors="pt"))
         assert cut(row.tolist()) == cut(alone[0, -10:].tolist())
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2, "num_return_sequences": 2}], ids=str)
+def test_as_long_ones_at_the_front_of_each_row_are_read_once(llama_or_gptj, tokenizer, caplog, options):
+    """Each row's keys and values are those of its own; the next time, its text alone is forwarded."""
+    model = llama_or_gptj
+    attach(model)
+    texts = [softprompt(seed, 5) + "The door" + ICE for seed in (1, 2, 1, 3)]
+    wanted = [row for text in texts for row in generate(model, tokenizer([text], return_tensors="pt"), **options)]
+    attach(model).detach()
+    handle = attach(model)  # which has no prefixes
+    inputs = tokenizer(texts, return_tensors="pt")
+    length = inputs["input_ids"].shape[1]
+    embedding, read = model.get_input_embeddings(), []
+    inner = vars(embedding)["forward"]
+    vars(embedding)["forward"] = lambda ids, *args, **kwargs: (read.append(ids.shape), inner(ids, *args, **kwargs))[1]
+    caplog.set_level("DEBUG", "kobold_sp_plugin.soft_tokens.prefix")
+    try:
+        for _ in range(2):
+            read.clear()
+            result = generate(model, inputs, **options)
+            assert caplog.messages[-1] == "read 5 soft tokens from the cache of their prefix"
+            assert [cut(row[length:].tolist()) for row in result] == [cut(row[length:].tolist()) for row in wanted]
+    finally:
+        vars(embedding)["forward"] = inner
+    assert tuple(read[0]) == (4 * options.get("num_beams", 1), length - 5)
+    assert len(handle._adapter._prefixes._kept) == 3
+    assert len({str(row) for row in result.tolist()}) > 2
+
+
+def test_too_many_different_ones_are_read_as_a_whole(llama_or_gptj, tokenizer, caplog):
+    attach(llama_or_gptj)
+    caplog.set_level("DEBUG", "kobold_sp_plugin.soft_tokens.prefix")
+    texts = [softprompt(seed, 5) + "The door" for seed in range(MOST_PREFIXES + 1)]
+    generate(llama_or_gptj, tokenizer(texts, return_tensors="pt"))
+    assert "more than" in caplog.text

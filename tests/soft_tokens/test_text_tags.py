@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import softprompt
 
@@ -124,6 +124,7 @@ def test_what_is_joined_later_is_no_tag():
     assert parts_of("<softprompt:sea>") == ("<softprompt:sea>",)
 
 
+@settings(deadline=None)
 @given(st.lists(st.one_of(st.text(), st.sampled_from(["<softprompt:", ">", "sea", "<softprompt:sea>", "%3e", "#"]))))
 def test_reading_is_safe_on_any_text(pieces):
     text = "".join(pieces)
