@@ -36,6 +36,7 @@ HOSTS_OWN = (
     "errored out",
     "Server stopped unexpectedly",
     "Blocked attempt to show",
+    "reading 'parentNode'",  # of a chat that "Reloading..." has taken the place of
     # On a busy machine: it draws the last of a reply's updates alone, in a chat that the first one was to begin.
     "reading 'childNodes'",
 )
