@@ -183,9 +183,9 @@ class TestTrain:
     def test_another_training_of_the_name_is_not_gone_on_from(self, here, model_folder):
         train(model_folder)
         Path("softprompts/Rain.zip").unlink()
-        answer = train(model_folder, "--learning-rate", 0.1)
+        answer = train(model_folder, "--learning-rate", 0.2)
         assert answer.exit_code == 2
-        assert "learning_rate was 0.15, is 0.1" in answer.output
+        assert "learning_rate was 0.1, is 0.2" in answer.output
 
     def test_a_name_becomes_a_file_name_that_is_valid_everywhere(self, here, model_folder):
         answer = json.loads(train(model_folder, "--json", name="../Rain: a/b?", steps=1).stdout)

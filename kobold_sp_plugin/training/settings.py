@@ -17,7 +17,7 @@ class Settings:
     """Optimizer steps; None: ``epochs`` over the data, but no more than ``most_steps``."""
     epochs: float = 3.0
     most_steps: int = 2000
-    learning_rate: float = 0.15
+    learning_rate: float = 0.1
     """In units of the embedding matrix's root mean square, so that one value fits all models."""
     optimizer: str = "adamw"
     """"adamw" or "adafactor"."""

@@ -327,8 +327,8 @@ def test_of_little_data_batches_are_small_and_of_much_no_larger_than_helps(token
         training.close()
         return training.batch_tokens
 
-    assert found(TEXTS, "little") == 256
-    assert 256 < found(TEXTS * 200, "some") < found(TEXTS * 2000, "much") == 1024
+    assert found(TEXTS, "little") == 512
+    assert 512 < found(TEXTS * 100, "some") < found(TEXTS * 1000, "much") == 1024
 
 
 def test_a_fused_activation_computes_the_same_and_keeps_less(tokenizer):
