@@ -55,7 +55,7 @@ def bytes_in_tensors():
     sizes = {}
     for each in gc.get_objects():
         if type(each) in (torch.Tensor, torch.nn.Parameter):
-            storage = each.storage()
+            storage = getattr(each, "untyped_storage", each.storage)()
             sizes[storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values())
 

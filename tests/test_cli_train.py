@@ -134,6 +134,8 @@ class TestTrain:
         same = [SoftPrompt.load(each["softprompt"]).rows.tobytes() for each in (first, again)]
         assert same[0] == same[1]
         assert (here / "mine" / "training" / "x" / "report.html").is_file()
+        folder = json.loads(train(model_folder, "--json", "--output", here / "mine", steps=1).stdout)
+        assert folder["softprompt"] == str(here / "mine" / "Rain.zip")
 
     def test_one_that_does_not_help_says_so_and_no_model_means_the_demonstration(self, here):
         SoftPrompt(np.random.default_rng(0).normal(size=(4, 160)).astype(np.float32)).save("noise.zip")
@@ -266,6 +268,7 @@ class TestWhatIsWrong:
             (("--data", "nowhere"), "no file or folder nowhere"),
             (("--model", "./nowhere"), "no folder ./nowhere"),
             (("--model", "texts"), "no config.json"),
+            (("--model", "texts/a.txt"), "a.txt is a file. Training needs the folder"),
             (("--name", " "), "no name"),
             (("--tokens", 126), "leave no room in a context of 128"),
             (("--block", 200), "Try --block 124"),

@@ -26,7 +26,7 @@ _LINE_SECONDS = 10.0
     "--output",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="The zip. [default: ./softprompts/NAME.zip; a number is added to a name that is taken]",
+    help="The zip, or its folder. [default: ./softprompts/NAME.zip; a number is added to a name that is taken]",
 )
 @click.option("--epochs", type=float, help="How often it goes over the data. [default: 3, and at most 2000 steps]")
 @click.option("--steps", type=int, help="Optimizer steps, instead of --epochs.")
@@ -131,6 +131,9 @@ def _train(
     path = model or str(MODEL)
     known = facts_of(path)
     context = known.context if known is not None else None
+    file = f"{filename(name) or 'unnamed'}.zip"
+    if output is not None and output.is_dir():
+        output = output / file
     try:
         start_settings = _of_start(start_from)
         n_tokens = tokens or start_settings.get("n_tokens", 20)
@@ -138,7 +141,7 @@ def _train(
             name=name,
             data=data,
             model=path,
-            places=places(output or Path("softprompts") / f"{filename(name) or 'unnamed'}.zip"),
+            places=places(output or Path("softprompts") / file),
             settings=_settings(
                 n_tokens=n_tokens,
                 initial_text=_text(initial_text),

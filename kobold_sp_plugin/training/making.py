@@ -52,10 +52,12 @@ def make(
             raise AlreadyRunning(f"{output} is there since a moment ago. Start again for another version.")
         start = [SoftPrompt.load(path) for path in plan.start_from] or None
         model, tokenizer, name = load_model(plan.model, plan.precision, plan.sharded)
-        with closing(Training(model, tokenizer, plan.data, plan.settings, work, start)) as training:
+        with closing(Training(model, tokenizer, plan.data, plan.settings, work, start)) as training, closing(
+            training.run()
+        ) as steps:
             on_begun(training)
             beginnings = openings(training.dataset, training.openings_from, tokenizer)
-            for progress in training.run():
+            for progress in steps:
                 on_progress(progress)
                 if beginnings and _is_time_for_a_sample(progress):
                     text = written(model, tokenizer, [training.softprompt()], beginnings[0], seed=plan.settings.seed)

@@ -163,6 +163,11 @@ def _look_at_model(plan: Plan, found: Findings) -> Optional[Dict[str, Any]]:
     """The model's configuration, if it is a causal model."""
     folder = Path(plan.model)
     is_folder = folder.is_dir()
+    if folder.is_file():
+        found.problems.append(
+            f"{folder} is a file. Training needs the folder of the model's original files (config.json and so on)."
+        )
+        return None
     if not is_folder and (folder.is_absolute() or plan.model.startswith((".", "~")) or plan.model.count("/") > 1):
         found.problems.append(f"There is no folder {plan.model}. Check --model.")
         return None

@@ -5,9 +5,9 @@ import math
 import os
 import tempfile
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Union
+from typing import Any, Callable, Dict, Generator, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Union
 
 import numpy as np
 import torch
@@ -76,12 +76,10 @@ def train(
     """
     with tempfile.TemporaryDirectory(prefix="kobold-sp-train-") as temporary:
         training = Training(model, tokenizer, data, settings, Path(folder or temporary), start_from)
-        try:
-            for progress in training.run():
+        with closing(training), closing(training.run()) as steps:
+            for progress in steps:
                 if on_progress is not None:
                     on_progress(progress)
-        finally:
-            training.close()
         return training.softprompt()
 
 
@@ -155,7 +153,7 @@ class Training:
         """Give the model back as it was."""
         self._restore()
 
-    def run(self) -> Iterator[Progress]:
+    def run(self) -> Generator[Progress, None, None]:
         """Train to the end, saving as it goes; what was done is saved also when this ends early."""
         if self._held and self.best_loss is None and self._step == 0:
             without = self.held_out_loss(with_rows=False)

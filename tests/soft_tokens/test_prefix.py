@@ -18,7 +18,8 @@ RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 USED = "read 4 soft tokens"
 
 
-@pytest.fixture(params=FAMILIES)
+# Before 4.48 Gemma 2 has a cache of its own, of a fixed length, which is not reused.
+@pytest.fixture(params=[family for family in FAMILIES if family != "gemma2" or RELEASE >= (4, 48)])
 def model(request):
     return tiny_model(request.param)
 
@@ -162,7 +163,9 @@ def test_it_is_off_with_a_static_cache(llama_or_gptj, said):
     attach(llama_or_gptj).select(softprompt())
     expected = generate(llama_or_gptj).tolist()
     assert generate(llama_or_gptj, cache_implementation="static").tolist() == expected
-    assert said().startswith("no prefix reuse: its cache is of the kind Static")
+    # 4.44 makes masks of four dimensions for it.
+    reasons = ("its cache is of the kind Static", "its attention mask has 4")
+    assert said().startswith(tuple(f"no prefix reuse: {reason}" for reason in reasons))
 
 
 def test_it_is_off_where_positions_depend_on_the_length(said):
