@@ -37,6 +37,18 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+SLOWLY = """
+import time
+from kobold_sp_plugin.engines import transformers as engine
+add = engine.Detokenizer.add
+def slowly(self, ids):
+    time.sleep(0.01)
+    return add(self, ids)
+engine.Detokenizer.add = slowly
+from kobold_sp_plugin.cli import main
+main()
+"""
+"""``kobold-sp`` at the speed of a real model: the demonstration's story can be over before a page has been clicked."""
 HOSTILE = "<img src=x onerror=\"window.hacked = 'name'\">"
 
 
@@ -52,10 +64,10 @@ class Server:
         self.log = folder.parent / "server.log"
 
     def start(self):
-        command = [sys.executable, "-c", "from kobold_sp_plugin.cli import main; main()", "serve"]
+        command = [sys.executable, "-c", SLOWLY, "serve", "--softprompts", str(self.folder), "--port", str(self.port)]
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
-                [*command, "--softprompts", str(self.folder), "--port", str(self.port)],
+                command,
                 stdout=log,
                 stderr=log,
                 env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
