@@ -372,7 +372,7 @@ class Session:
                 effect = None
             with self._changing() as now:
                 self._effects.setdefault(state.engine, {})[state.content] = effect
-                if notice and now.engine is state.engine:
+                if notice and now.engine is state.engine and now.content == state.content:
                     self._state = now._replace(notice=notice)
 
 

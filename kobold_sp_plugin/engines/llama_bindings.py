@@ -113,11 +113,6 @@ class Decoder:
         """For the library's own functions."""
         return self._context
 
-    @property
-    def vocab(self) -> Any:
-        """For the library's own functions."""
-        return self._vocab
-
     def ids_of(self, text: str, begin: bool = True) -> List[int]:
         """Ids of ``text``, behind what the tokenizer begins a text with; special tokens may be written out."""
         data = text.encode("utf-8")

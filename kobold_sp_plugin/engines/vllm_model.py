@@ -1,5 +1,6 @@
 """What the two ways to vLLM share: the model's facts, its tokenizer, the text that fits, rows as vLLM takes them."""
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -129,8 +130,9 @@ def _ends(path: str, config: Any) -> Tuple[int, ...]:
     """The tokens that end a text, as the model's configurations tell."""
     from transformers import GenerationConfig
 
-    try:
+    found = None
+    with suppress(Exception):  # there is none; the library says so in many ways
         found = GenerationConfig.from_pretrained(path).eos_token_id
-    except Exception:  # there is none; the library says so in many ways
+    if found is None:
         found = getattr(config, "eos_token_id", None)
     return () if found is None else (found,) if isinstance(found, int) else tuple(found)

@@ -28,7 +28,7 @@ _ROOMS = {"1": (OLD_UI,), "2": (UI2,)}
 _ENDS = ("done", "stopped", "error")
 _LONGEST_ID = 200
 _SILENT_SECONDS = 60.0
-"""How long a client may neither send the rest of its request nor take what is written to it."""
+"""How long a client may neither send the rest of its request nor take one piece that is written to it."""
 _LAST_ANSWERS_SECONDS = 2.0
 """How long closing waits for answers that are under way; a client may take one and read no further."""
 
@@ -199,6 +199,10 @@ class _Quiet(WSGIRequestHandler):
 
     def log_request(self, code: Any = "-", size: Any = "-") -> None:
         pass
+
+    def log_error(self, format: str, *args: Any) -> None:
+        if not format.startswith("Request timed out"):  # browsers open connections that they then have no use for
+            super().log_error(format, *args)
 
     def run_wsgi(self) -> None:
         is_socket = "Upgrade" in self.headers

@@ -120,9 +120,12 @@ class ManagerAdapter:
             )
         n = max(1, getattr(manager, "num_return_sequences", 1))
         self._requests.add(rows, n)
-        request = original(ids, *args, **kwargs)
-        if request is None:  # the manager takes no requests
-            self._requests.add(rows, -n)
+        request = None
+        try:
+            request = original(ids, *args, **kwargs)
+        finally:
+            if request is None:  # the manager takes no requests, or its queue is full
+                self._requests.add(rows, -n)
         return request
 
     def _refuse(self, original: Callable[..., Any], input_ids: List[int], *args: Any, **kwargs: Any) -> Any:
@@ -155,6 +158,7 @@ class ManagerAdapter:
 def is_supported() -> bool:
     """Whether this release's managers tell what they do by the names that are patched."""
     try:
+        from transformers import ContinuousBatchingConfig
         from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
     except ImportError:
         return False
@@ -165,6 +169,7 @@ def is_supported() -> bool:
             (ContinuousBatchingManager, "_run_generation_loop"),
             (OutputRouter, "deliver"),
             (OutputRouter, "deliver_batch"),
+            (ContinuousBatchingConfig, "cuda_graph_booleans"),  # earlier ones have a method of another name
         )
     )
 

@@ -83,6 +83,9 @@ class Prefixes:
             prefixes = [self._kept.get(key) for key in keys]
         if any(each is None or was_emptied(each) for each in prefixes):
             prefixes = self._made(model, inputs, n_prefix, len(fronts))
+        for prefix in prefixes:
+            if isinstance(prefix, NotExact) and len(prefixes) > 1:
+                raise prefix  # of this batch, not of each of its soft prompts
         for key, prefix in zip(keys, prefixes):
             self._keep(key, prefix, state)
         for prefix in prefixes:

@@ -401,18 +401,19 @@ class _Templates:
     def __init__(self, model: str):
         self._model = model
         self._tokenizer: Any = None
+        self._failed = False
 
     @property
     def chat_template(self) -> Any:
         """None where the model has none."""
-        if self._tokenizer is None:
+        if self._tokenizer is None and not self._failed:
             from transformers import AutoTokenizer
 
             try:
                 self._tokenizer = AutoTokenizer.from_pretrained(self._model)
             except Exception:  # each release has errors of its own for each kind of trouble
-                return "none"
-        return getattr(self._tokenizer, "chat_template", None)
+                self._failed = True  # there is a message in each line of the data
+        return "none" if self._failed else getattr(self._tokenizer, "chat_template", None)
 
     def apply_chat_template(self, messages: List[Any], **options: Any) -> str:
         """The text of ``messages``."""

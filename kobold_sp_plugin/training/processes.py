@@ -66,7 +66,7 @@ def share(model: Any) -> None:
 
     model.requires_grad_(False)
     for layer in layers_of(model):
-        fully_shard(layer)
+        fully_shard(layer, reshard_after_forward=True)  # each is wrapped by itself, and torch leaves a root whole else
     if torch.cuda.is_available():
         model.to(torch.cuda.current_device())
     model._is_fsdp_managed_module = True  # where transformers looks: its `generate` goes on until all have ended

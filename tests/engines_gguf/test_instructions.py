@@ -139,7 +139,8 @@ def test_llama_server_never_draws_the_soft_tokens_of_a_copy(exported, family):
     made = exported(family, "gguf")
     command, body = made.quoted("llama-server: ")
     with running(command) as remote:
-        wild = {"temperature": 100.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "n_predict": 400, "return_tokens": True}
+        wild = {"temperature": 100.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "n_predict": 400}
+        wild.update(seed=1, ignore_eos=True, return_tokens=True)
         drawn = remote.ask("/completion", {**json.loads(body), **wild}, SECONDS)["tokens"]
     assert len(set(drawn)) > 100 and max(drawn) < len(gguf_files.TOKENS)
 

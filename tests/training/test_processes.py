@@ -87,6 +87,8 @@ from kobold_sp_plugin.training import processes
 from kobold_sp_plugin.training.loading import load_model
 processes.join()
 model, _, _ = load_model("model", "auto", True)
+with torch.no_grad():
+    model(torch.arange(8)[None])
 kept = sum(each.to_local().numel() if hasattr(each, "to_local") else 0 for each in model.model.layers.parameters())
 print("kept", kept, "of", sum(each.numel() for each in model.model.layers.parameters()))
 processes.leave()
