@@ -116,5 +116,6 @@ def test_a_detached_handle_keeps_no_prefixes(model):
     handle.select(softprompt(width=model.get_input_embeddings().embedding_dim))
     generate(model)
     handle.detach()
+    model._modules.pop("_cache", None)  # 4.44 keeps Gemma 2's last cache there, attached or not
     gc.collect()
     assert counts() == before
