@@ -93,6 +93,8 @@ class ManagerAdapter:
         self._around = around
         self._requests = requests
         self._vocabulary = vocabulary
+        self.refused: Optional[UnsupportedCall] = None
+        """The last request that was; ``generate_batch`` only logs what is raised for one."""
         router = manager.output_router
         self._patches: List[Patch] = [
             patch(manager, "add_request", self._add if not manager.is_running() else self._refuse),
@@ -114,10 +116,11 @@ class ManagerAdapter:
             return original(input_ids, *args, **kwargs)
         rows, ids = found
         if any(manager.continuous_batching_config.cuda_graph_booleans):
-            raise UnsupportedCall(
+            self.refused = UnsupportedCall(
                 "continuous batching with CUDA graphs takes no soft prompts, which would be those of the recording; "
                 "pass ContinuousBatchingConfig(use_cuda_graph=False)"
             )
+            raise self.refused
         n = max(1, getattr(manager, "num_return_sequences", 1))
         self._requests.add(rows, n)
         request = None

@@ -344,7 +344,13 @@ class GenerationAdapter:
         call = inspect.signature(original).bind(*args, **kwargs).arguments
         for ids in call["inputs"]:  # what a manager refuses is only logged
             self._request(ids, self._setting("max_new_tokens", {**call, **call.get("kwargs", {})}))
-        return original(*args, **kwargs)
+        for each in self._managers:
+            each.refused = None
+        result = original(*args, **kwargs)
+        for each in self._managers:
+            if each.refused is not None:
+                raise each.refused
+        return result
 
     def _begin_batching(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         rows = self._chosen()

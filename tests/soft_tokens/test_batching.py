@@ -208,6 +208,14 @@ def test_what_cannot_be_is_refused_before_anything_runs(model):
         manager.add_request(TEXTS[0])
 
 
+@pytest.mark.skipif(not is_supported(), reason="this release is refused: below")
+def test_a_batch_with_cuda_graphs_is_refused_and_does_not_come_back_empty(model, monkeypatch):
+    attach(model).select(softprompt())
+    monkeypatch.setattr(type(small()), "cuda_graph_booleans", (True, True))
+    with pytest.raises(UnsupportedCall, match="use_cuda_graph=False"):
+        batch(model, TEXTS)
+
+
 @pytest.mark.skipif(is_supported(), reason="it works with this release: above")
 def test_a_release_that_does_not_say_what_it_does_is_refused_from_the_moment_of_a_selection(model):
     handle = attach(model)
