@@ -91,6 +91,7 @@ def ours(model, dataset, steps, folder, after_step):
 def shared():
     """What both sides are told, a constant learning rate among it."""
     return {
+        "optimizer": "adamw",  # Trainer's
         "learning_rate": RATE,
         "batch_tokens": BATCH * (LENGTH + ROWS),
         "warmup": 0.0,

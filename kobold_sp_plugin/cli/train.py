@@ -33,7 +33,7 @@ _LINE_SECONDS = 10.0
 @click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same rows.")
 @click.option("--tokens", type=int, help="Rows of the soft prompt. [default: 20, or those of --from]")
 @click.option("--learning-rate", type=float, help="In units of the embedding's root mean square. [default: 0.1]")
-@click.option("--optimizer", type=click.Choice(["adamw", "adafactor"]), help="[default: adamw]")
+@click.option("--optimizer", type=click.Choice(["muon", "adamw", "adafactor"]), help="[default: muon]")
 @click.option(
     "--order",
     type=click.Choice(["before_bos", "after_bos"]),

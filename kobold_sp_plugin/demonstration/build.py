@@ -240,7 +240,14 @@ def build_softprompts(model_folder: Path, softprompts: Path, seed: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(model_folder))
     # Stories cost nothing here: each is read once, most of them whole; of so many, large batches and a larger rate.
     settings = Settings(
-        block=CONTEXT // 2, epochs=1, patience=0, seed=seed, learning_rate=0.3, batch_tokens=1024, evaluate_every=18
+        block=CONTEXT // 2,
+        epochs=1,
+        patience=0,
+        seed=seed,
+        optimizer="adamw",
+        learning_rate=0.3,
+        batch_tokens=1024,
+        evaluate_every=18,
     )
     softprompts.mkdir(parents=True, exist_ok=True)
     for genre in GENRES:

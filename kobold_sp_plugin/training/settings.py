@@ -19,8 +19,8 @@ class Settings:
     most_steps: int = 2000
     learning_rate: float = 0.1
     """In units of the embedding matrix's root mean square, so that one value fits all models."""
-    optimizer: str = "adamw"
-    """"adamw" or "adafactor"."""
+    optimizer: str = "muon"
+    """"muon", "adamw" or "adafactor"."""
     weight_decay: float = 0.0
     warmup: float = 0.05
     """Share of the steps in which the learning rate rises."""
@@ -45,9 +45,9 @@ class Settings:
     """Share of the documents that is kept from training."""
     evaluate_every: Optional[int] = None
     """Steps between two looks at the held-out loss; None: twelve in all."""
-    patience: int = 8
-    """Looks without a better held-out loss after which training ends; 0: never. Most of what there are: while the rate
-    is high the loss goes up and down, and as the rate falls so does the loss."""
+    patience: int = 10
+    """Looks without a better held-out loss after which training ends; 0: never. Nearly all that there are: while the
+    rate is high the loss goes up and down, and as the rate falls so does the loss. The best rows are kept anyway."""
     save_every: int = 50
     """Steps between two checkpoints."""
     seed: int = 0
@@ -57,7 +57,10 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
                 raise BadSetting(f"{name} is {value}; it has to be between {least} and {most}")
-        for name, choices in (("optimizer", ("adamw", "adafactor")), ("initial", ("text", "vocabulary", "words"))):
+        for name, choices in (
+            ("optimizer", ("muon", "adamw", "adafactor")),
+            ("initial", ("text", "vocabulary", "words")),
+        ):
             if getattr(self, name) not in choices:
                 raise BadSetting(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
         if self.initial == "words" and not self.initial_text.strip():

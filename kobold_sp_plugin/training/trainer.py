@@ -23,6 +23,7 @@ from .dataset import IGNORED, Batch, Dataset
 from .frozen import frozen
 from .initial import initial_rows
 from .loss import cross_entropy, head_of
+from .muon import Muon
 from .settings import Settings
 from .texts import Passage, documents, files_of, in_order, passages
 from .trainable import TrainableRows
@@ -439,7 +440,8 @@ def _optimizer(parameters: Sequence[torch.nn.Parameter], settings: Settings) -> 
 
         options = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
         return Adafactor(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, **options)
-    return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    kind = torch.optim.AdamW if settings.optimizer == "adamw" else Muon
+    return kind(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
 
 def _device_of(model: Any) -> torch.device:

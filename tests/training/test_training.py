@@ -70,7 +70,7 @@ def test_the_model_is_given_back_as_it_was(tokenizer):
     assert model.training and set(vars(model.get_input_embeddings())) == attributes
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw", "adafactor"])
 @pytest.mark.parametrize("stop", [1, 2, 5])
 def test_an_interrupted_training_resumes_to_the_same_rows(tokenizer, tmp_path, optimizer, stop):
     wanted = train(tiny_model(FAMILY), tokenizer, TEXTS, settings(optimizer=optimizer))
