@@ -18,7 +18,6 @@ A line is added to the file after each run, of a minute at most on one quiet cor
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -175,7 +174,8 @@ def summary(lines):
     for number, name in enumerate(("CPU time", "tokens")):
         values = sorted(pair[number] for pair in ratios)
         if len(values) > 1:
-            low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+            # The nearest values, and nothing between: some may be infinite.
+            low, middle, high = (values[round(share * (len(values) - 1))] for share in (0.25, 0.5, 0.75))
             spread = f"quartiles {low:.2f} to {high:.2f}, range {values[0]:.2f} to {values[-1]:.2f}"
             yield f"\nRatio of {name}: median {middle:.2f}, {spread}, {len(values)} of {len(SEEDS) * 5} cases"
 
