@@ -129,6 +129,10 @@ class TestTrain:
             str(Path("softprompts/Rain-v2.zip")),
         )
         assert Path(first["softprompt"]).read_bytes() == before
+        assert [SoftPrompt.load(each["softprompt"]).name for each in (first, second)] == ["Rain", "Rain v2"]
+        found = [json.loads(train(model_folder, "--json", name="Rain v3", steps=1).stdout) for _ in range(2)]
+        assert [Path(each["softprompt"]).name for each in found] == ["Rain v3.zip", "Rain v4.zip"]
+        assert SoftPrompt.load(found[1]["softprompt"]).name == "Rain v4"
         assert Path("training/Rain/report.html").is_file() and Path("training/Rain-v2/report.html").is_file()
         again = json.loads(train(model_folder, "--json", "--output", here / "mine" / "x.zip").stdout)
         same = [SoftPrompt.load(each["softprompt"]).rows.tobytes() for each in (first, again)]

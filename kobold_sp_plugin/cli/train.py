@@ -125,7 +125,7 @@ def _train(
     from ..errors import SoftPromptError, TrainingError
     from ..softprompt import Order
     from ..training.making import make
-    from ..training.places import filename, places
+    from ..training.places import filename, of_version, places
     from ..training.preflight import Plan, facts_of, look
 
     path = model or str(MODEL)
@@ -163,7 +163,8 @@ def _train(
         raise WrongUse("\n".join(["This training cannot be:", *(f"  - {line(each)}" for each in found.problems)]))
     shown.remarks(found.remarks)
     model_name = "demonstration" if model is None else (Path(model).name if Path(model).is_dir() else model)
-    metadata = {"name": name, "model": model_name, "supported": _parts(supported) or [model_name]}
+    title = of_version(name, plan.places.version, " v")  # a menu shows names, and two alike could not be told apart
+    metadata = {"name": title, "model": model_name, "supported": _parts(supported) or [model_name]}
     metadata.update({key: text for key, text in (("author", author), ("description", description)) if text})
     try:
         with _interruptible() as is_stopped:

@@ -46,7 +46,7 @@ def make(
 
     Raises a :class:`~kobold_sp_plugin.errors.SoftPromptError` or :class:`OSError`; what was trained until then is kept.
     """
-    output, work = plan.places
+    output, work, _ = plan.places
     with alone_in(work) if processes.is_first() else nullcontext():
         if os.path.lexists(output):
             raise AlreadyRunning(f"{output} is there since a moment ago. Start again for another version.")
