@@ -1,5 +1,6 @@
 """`kobold-sp train` and `kobold-sp dataset`, as a user runs them."""
 
+import errno
 import json
 import os
 import random
@@ -237,6 +238,22 @@ class TestTrain:
         whole, again = (SoftPrompt.load(f"softprompts/{name}.zip") for name in ("Whole", "Killed"))
         assert again.rows.tobytes() == whole.rows.tobytes()
         assert again.metadata[OWN_KEY]["training"] == whole.metadata[OWN_KEY]["training"]
+
+    def test_one_that_ends_before_its_report_is_gone_on_with_and_leaves_nothing(self, here, model_folder, monkeypatch):
+        from kobold_sp_plugin.training import making
+
+        def full(*arguments):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(making, "write_report", full)
+            answer = train(model_folder)
+        assert answer.exit_code == 2 and "The same command goes on" in answer.output
+        Path("training/Rain/.kobold-sp-0123456789abcdef.tmp").write_bytes(b"of a process that was killed")
+        answer = train(model_folder)
+        assert "Going on from step 10 of 10" in answer.stderr
+        assert files_in(here / "softprompts") == ["Rain.zip"]
+        assert not list(here.rglob(".*"))
 
     def test_two_of_one_name_do_not_train_at_once(self, here, model_folder):
         from kobold_sp_plugin.training.places import alone_in
