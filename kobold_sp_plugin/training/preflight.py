@@ -15,7 +15,7 @@ from . import processes
 from .loading import BYTES_PER_WEIGHT, PRECISIONS
 from .places import Places, filename
 from .settings import Settings
-from .texts import files_of, in_order, passages
+from .texts import files_of, in_order, left_out, passages
 
 INSTALL = 'pip install "kobold_sp_plugin[training]"'
 _TINY_BYTES = 100_000
@@ -134,6 +134,9 @@ def _look_at_data(plan: Plan, found: Findings) -> int:
     except (TrainingError, OSError) as error:
         found.problems.append(str(error))
         return 0
+    others = left_out(plan.data)
+    if others:
+        found.remarks.append(f"{others}.")
     closed = [file for file in files if not os.access(file, os.R_OK)]
     found.problems += [f"{file} cannot be read: no permission." for file in closed[:5]]
     if closed:
@@ -152,7 +155,7 @@ def _look_at_data(plan: Plan, found: Findings) -> int:
     elif n_bytes < _TINY_BYTES:
         found.remarks.append(
             f"The data are {n_bytes / 1000:.1f} kB of text. That is very little: the soft prompt learns to repeat it "
-            "more than to write like it; 8 MB or more work best."
+            "more than to write like it, and keeps few facts of it; 8 MB or more work best."
         )
     elif n_bytes < _ADVISED_BYTES:
         found.remarks.append(f"The data are {n_bytes / 1e6:.1f} MB of text; 8 MB or more, on one theme, work best.")
