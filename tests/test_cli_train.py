@@ -139,8 +139,21 @@ class TestTrain:
         same = [SoftPrompt.load(each["softprompt"]).rows.tobytes() for each in (first, again)]
         assert same[0] == same[1]
         assert (here / "mine" / "training" / "x" / "report.html").is_file()
-        folder = json.loads(train(model_folder, "--json", "--output", here / "mine", steps=1).stdout)
-        assert folder["softprompt"] == str(here / "mine" / "Rain.zip")
+
+    def test_the_data_may_be_the_folder_in_which_it_trains(self, here, model_folder):
+        command = ("train", "--data", ".", "--name", "Rain", "--model", model_folder, "--steps", 2, *QUICK, "--json")
+        found = [json.loads(run(*command).stdout) for _ in range(2)]
+        rows = [SoftPrompt.load(each["softprompt"]).rows.tobytes() for each in found]
+        assert rows[0] == rows[1]
+
+    @pytest.mark.parametrize("is_there", [True, False])
+    def test_the_output_may_be_a_folder(self, here, model_folder, is_there):
+        folder = here / "KoboldAI" / "softprompts"
+        if is_there:
+            folder.mkdir(parents=True)
+        answer = train(model_folder, "--output", folder, steps=1)
+        assert files_in(folder) == ["Rain.zip"], answer.output
+        assert (here / "KoboldAI" / "training" / "Rain" / "report.html").is_file()
 
     def test_one_that_does_not_help_says_so_and_no_model_means_the_demonstration(self, here):
         SoftPrompt(np.random.default_rng(0).normal(size=(4, 160)).astype(np.float32)).save("noise.zip")
@@ -295,6 +308,7 @@ class TestWhatIsWrong:
             (("--block", 200), "Try --block 124"),
             (("--learning-rate", -1), "learning_rate is -1"),
             (("--initial-text", "@nowhere.txt"), "nowhere.txt"),
+            (("--output", "rain.json"), "--output rain.zip"),
         ],
     )
     def test_each_is_named(self, here, model_folder, arguments, why):

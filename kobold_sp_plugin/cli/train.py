@@ -132,7 +132,7 @@ def _train(
     known = facts_of(path)
     context = known.context if known is not None else None
     file = f"{filename(name) or 'unnamed'}.zip"
-    if output is not None and output.is_dir():
+    if output is not None and (output.is_dir() or not output.suffix):
         output = output / file
     try:
         start_settings = _of_start(start_from)
