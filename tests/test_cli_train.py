@@ -230,6 +230,24 @@ class TestTrain:
         assert f"Going on from step {step} of 400" in answer.stderr
         assert json.loads(answer.stdout)["resumed_at"] == step
 
+    @pytest.mark.skipif(os.name == "nt", reason="signals")
+    def test_ctrl_c_before_the_first_step_ends_at_once(self, here, model_folder, monkeypatch):
+        from kobold_sp_plugin.training import dataset
+
+        whole, told = dataset._tokens, []
+
+        def tokens(*arguments):
+            told.append(arguments)
+            if len(told) == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            return whole(*arguments)
+
+        monkeypatch.setattr(dataset, "_tokens", tokens)
+        answer = train(model_folder)
+        assert answer.exit_code == 1 and "The same command goes on" in answer.stderr
+        assert len(told) == 3
+        assert files_in(here / "training") == ["Rain/lock"]
+
     @pytest.mark.slow
     @pytest.mark.timeout(180)  # several processes, each of which imports torch
     def test_killed_at_any_moment_it_goes_on_to_the_same_rows(self, here, model_folder):

@@ -167,12 +167,15 @@ def _train(
     metadata = {"name": title, "model": model_name, "supported": _parts(supported) or [model_name]}
     metadata.update({key: text for key, text in (("author", author), ("description", description)) if text})
     try:
-        with _interruptible() as is_stopped:
+        with _interruptible(shown) as is_stopped:
             made = make(plan, metadata, shown.begun, shown.progress, shown.sample, is_stopped, found.remarks)
     except TrainingError as error:
         raise WrongUse(line(str(error))) from error
     except (SoftPromptError, OSError) as error:
         raise WrongUse(f"Training stopped: {line(str(error))}. The same command goes on from where it was.") from error
+    except KeyboardInterrupt:
+        shown.ended_at_once()
+        sys.exit(1)
     if made is None:
         shown.interrupted()
         sys.exit(1)
@@ -186,6 +189,7 @@ class _Shown:
 
     def __init__(self) -> None:
         self.step = 0
+        self.has_begun = False
         self.resumed_at: Optional[int] = None
         self._bar: Any = None
         self._last = 0.0
@@ -204,7 +208,7 @@ class _Shown:
 
     def begun(self, training: Any) -> None:
         """Say what begins, or from where it goes on."""
-        self.step, self.resumed_at = training.step, training.resumed_at
+        self.has_begun, self.step, self.resumed_at = True, training.step, training.resumed_at
         if self.resumed_at is not None:
             _tell(f"Going on from step {self.resumed_at} of {training.steps}.")
         data = training.dataset
@@ -243,6 +247,11 @@ class _Shown:
         self._close_bar()
         _tell(f"Interrupted at step {self.step}; saved. The same command goes on from there.")
 
+    def ended_at_once(self) -> None:
+        """Say that it was interrupted, and not at the end of a step."""
+        self._close_bar()
+        _tell("Ended. The same command goes on from the last checkpoint, if there was one.")
+
     def done(self, made: Any, as_json: bool) -> None:
         """Print the answer, on standard output."""
         self._close_bar()
@@ -266,7 +275,8 @@ class _Lines(_Shown):
         self._remarks = list(remarks)
 
     def begun(self, training: Any) -> None:
-        self.step, self.resumed_at, data = training.step, training.resumed_at, training.dataset
+        self.has_begun, self.step, self.resumed_at = True, training.step, training.resumed_at
+        data = training.dataset
         counts = {"step": training.step, "steps": training.steps, "resumed_at": training.resumed_at}
         counts.update(documents=data.n_documents, tokens=data.n_tokens)
         self._say("begun", **counts, remarks=self._remarks)
@@ -280,6 +290,8 @@ class _Lines(_Shown):
 
     def interrupted(self) -> None:
         self._say("interrupted", step=self.step)
+
+    ended_at_once = interrupted
 
     def done(self, made: Any, as_json: bool) -> None:
         self._say("done", sentence=made.result.sentence, **_answer(made, self.resumed_at))
@@ -303,20 +315,22 @@ def _answer(made: Any, resumed_at: Optional[int]) -> Dict[str, Any]:
 
 
 @contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C, or a request to end, lets the step end first; a second one does not wait. Yields what tells."""
+def _interruptible(shown: _Shown) -> Iterator[Callable[[], bool]]:
+    """Ctrl-C, or a request to end, lets the step end first; a second one, or one before any, does not wait.
+
+    Yields what tells.
+    """
     from ..training import processes
 
     stopped = threading.Event()
 
     def stop(number: int, frame: Any) -> None:
-        if stopped.is_set():
-            if processes.count() > 1:
-                return  # what starts several processes tells each of them twice
+        # What starts several processes tells each of them twice.
+        if processes.count() == 1 and (stopped.is_set() or not shown.has_begun):
             raise KeyboardInterrupt
+        if processes.is_first() and not stopped.is_set():
+            _tell("Ending after this step ... (again: at once)")
         stopped.set()
-        if processes.is_first():
-            _tell("Ending after this step ...")
 
     if threading.current_thread() is not threading.main_thread():
         yield stopped.is_set

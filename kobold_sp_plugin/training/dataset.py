@@ -8,9 +8,9 @@ import hashlib
 import json
 import os
 import random
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, BinaryIO, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -72,7 +72,7 @@ class Dataset:
         dtype = np.dtype("<u2" if len(tokenizer) <= 2**16 else "<u4")
         digest = hashlib.sha256(repr((prefix, room)).encode())
         cuts, documents, count = [0], [], 0
-        with open(folder / "tokens.ids", "wb") as ids_file, open(folder / "tokens.learned", "wb") as learned_file:
+        with _whole(folder / "tokens.ids") as ids_file, _whole(folder / "tokens.learned") as learned_file:
             for number, passage in enumerate(passages):
                 ids, learned = _tokens(passage, tokenizer, newline)
                 if not any(learned):
@@ -92,9 +92,6 @@ class Dataset:
                     count += part.stop - part.start
                     cuts.append(count)
                     documents.append(number)
-            for file in (ids_file, learned_file):  # on the disk before what says that they are whole
-                file.flush()
-                os.fsync(file.fileno())
         if not count:
             raise NoData("The data holds nothing to learn from: every document in it is empty.")
         digest.update(np.asarray(cuts, dtype="<i8").tobytes())
@@ -178,6 +175,23 @@ class Dataset:
             result[-1].append(piece)
         rng.shuffle(result)
         return iter(result)
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which is on the disk at the end of the ``with`` block; where that fails it is gone again.
+
+    It has its name from the beginning: it is large, and nothing reads it without the file that says that it is whole.
+    """
+    try:
+        with open(path, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(path)  # a disk that is full gets its room back
+        raise
 
 
 def prefix_of(tokenizer: Any) -> Tuple[int, ...]:
