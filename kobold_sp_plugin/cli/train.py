@@ -1,5 +1,6 @@
 """``kobold-sp train``."""
 
+import errno
 import json
 import logging
 import signal
@@ -16,6 +17,7 @@ from .common import WrongUse, line
 
 _LINE_SECONDS = 10.0
 """How often a progress line is written where there is no terminal to redraw one in."""
+_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 @click.command()
@@ -172,7 +174,10 @@ def _train(
     except TrainingError as error:
         raise WrongUse(line(str(error))) from error
     except (SoftPromptError, OSError) as error:
-        raise WrongUse(f"Training stopped: {line(str(error))}. The same command goes on from where it was.") from error
+        why = line(str(error))
+        if isinstance(error, OSError) and error.errno in _FULL:
+            why = f"the disk of {line(str(plan.places.work))} is full. Make room on it"
+        raise WrongUse(f"Training stopped: {why}. The same command goes on from where it was.") from error
     except KeyboardInterrupt:
         shown.ended_at_once()
         sys.exit(1)
