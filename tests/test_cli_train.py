@@ -110,6 +110,21 @@ class TestTrain:
         assert found.order == "after_bos"
         assert found.metadata[OWN_KEY]["training"]["settings"]["optimizer"] == "adafactor"
 
+    @pytest.mark.parametrize(
+        "more",
+        [
+            (),
+            ("--initial-text", "The rain"),
+            ("--initial", "vocabulary"),
+            ("--initial", "words", "--initial-text", "rain, word"),
+        ],
+    )
+    def test_rows_begin_as_is_asked_for(self, here, model_folder, more):
+        answer = json.loads(train(model_folder, *more, "--json", steps=1).stdout)
+        settings = SoftPrompt.load(answer["softprompt"]).metadata[OWN_KEY]["training"]["settings"]
+        assert settings["initial"] == (more[1] if "--initial" in more else "text")
+        assert settings["initial_text"] == (more[-1] if "--initial-text" in more else "")
+
     def test_samples_are_shown_on_the_way_and_change_no_rows(self, here, model_folder, monkeypatch):
         from kobold_sp_plugin.training import making
 
@@ -328,6 +343,8 @@ class TestWhatIsWrong:
             (("--learning-rate", -1), "learning_rate is -1"),
             (("--initial-text", "@nowhere.txt"), "nowhere.txt"),
             (("--output", "rain.json"), "--output rain.zip"),
+            (("--from", "nowhere.zip", "--initial-text", "Rain."), "leave out --initial"),
+            (("--initial", "words"), "there are none"),
         ],
     )
     def test_each_is_named(self, here, model_folder, arguments, why):

@@ -44,7 +44,11 @@ _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 @click.option(
     "--initial-text", metavar="TEXT", default="", help="What the rows begin as, or @FILE. [default: words of the data]"
 )
-@click.option("--initial", type=click.Choice(["text", "vocabulary"]), help="Or sampled vocabulary. [default: text]")
+@click.option(
+    "--initial",
+    type=click.Choice(["text", "vocabulary", "words"]),
+    help='Or sampled vocabulary; or words, of --initial-text "rain, city, night", one for each row. [default: text]',
+)
 @click.option(
     "--from",
     "start_from",
@@ -136,6 +140,8 @@ def _train(
     file = f"{filename(name) or 'unnamed'}.zip"
     if output is not None and (output.is_dir() or not output.suffix):
         output = output / file
+    if start_from and (initial_text or settings.get("initial")):
+        raise WrongUse("--from says what the rows begin as: leave out --initial and --initial-text, or --from.")
     try:
         start_settings = _of_start(start_from)
         n_tokens = tokens or start_settings.get("n_tokens", 20)

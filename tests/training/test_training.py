@@ -185,8 +185,14 @@ def test_rows_begin_as_what_is_asked_for(tokenizer, tmp_path):
         assert all(len(each) == 1 for each in found)
         return [int(each[0]) for each in found]
 
-    words = tokenizer("rain", add_special_tokens=False).input_ids
-    assert ids(initial="words", initial_text="rain", n_tokens=7) == np.resize(words, 7).tolist()
+    rows = initial_rows(model, tokenizer, settings(initial="words", initial_text="the rain, lamp", n_tokens=5), dataset)
+    for row, word in zip(rows, (" the rain", " lamp")):
+        assert np.allclose(row, matrix[tokenizer(word, add_special_tokens=False).input_ids].mean(axis=0))
+    assert (matrix[:, None] == rows[2:]).all(axis=2).any(axis=0).all()  # the others are rows of the matrix
+    assert len({row.tobytes() for row in rows[2:]}) > 1
+    assert (
+        len(initial_rows(model, tokenizer, settings(initial="words", initial_text="a b c", n_tokens=2), dataset)) == 2
+    )
     assert ids(initial_text="The rain came in") == tokenizer("The rain came in", add_special_tokens=False).input_ids[:4]
     assert tokenizer.decode(ids(n_tokens=8)) in " ".join(TEXTS)
     sampled = [ids(initial="vocabulary", seed=seed, n_tokens=8) for seed in (0, 0, 1)]
@@ -319,6 +325,12 @@ class TestDataset:
 def test_a_setting_that_cannot_be_is_named(name, value):
     with pytest.raises(errors.BadSetting, match=name):
         settings(**{name: value})
+
+
+@pytest.mark.parametrize("initial, text, why", [("words", " ", "there are none"), ("vocabulary", "Rain.", "no part")])
+def test_settings_that_contradict_each_other_are_named(initial, text, why):
+    with pytest.raises(errors.BadSetting, match=why):
+        settings(initial=initial, initial_text=text)
 
 
 def test_of_little_data_batches_are_small_and_of_much_no_larger_than_helps(tokenizer, tmp_path):
