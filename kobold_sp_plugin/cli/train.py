@@ -302,7 +302,8 @@ class _Lines(_Shown):
     def interrupted(self) -> None:
         self._say("interrupted", step=self.step)
 
-    ended_at_once = interrupted
+    def ended_at_once(self) -> None:
+        pass  # which step is saved is not known here; the exit status tells
 
     def done(self, made: Any, as_json: bool) -> None:
         self._say("done", sentence=made.result.sentence, **_answer(made, self.resumed_at))
