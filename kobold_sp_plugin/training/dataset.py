@@ -18,6 +18,8 @@ from ..errors import NoData
 from ..formats.writing import write_file
 from .texts import Passage
 
+_AT_ONCE = 2**20
+"""Letters that the tokenizer is given at once: what it keeps of each token takes far more memory than the token."""
 IGNORED = -100
 """The label of a position at which nothing is to be learned; torch's own convention."""
 
@@ -209,13 +211,24 @@ def _tokens(passage: Passage, tokenizer: Any, newline: str) -> Tuple[List[int], 
     ids: List[int] = []
     learned: List[bool] = []
     for text, is_learned in passage.parts:
-        whole = text.encode("utf-8", "replace").decode(
-            "utf-8"
-        )  # JSON can hold half of a character; tokenizers refuse it
-        part = tokenizer(whole.replace("\n", newline), add_special_tokens=False, verbose=False)["input_ids"]
-        ids += part
-        learned += [is_learned] * len(part)
+        # JSON can hold half of a character; tokenizers refuse it.
+        whole = text.encode("utf-8", "replace").decode("utf-8")
+        for piece in _at_lines(whole):
+            part = tokenizer(piece.replace("\n", newline), add_special_tokens=False, verbose=False)["input_ids"]
+            ids += part
+            learned += [is_learned] * len(part)
     if tokenizer.eos_token_id is not None:
         ids.append(tokenizer.eos_token_id)
         learned.append(True)
     return ids, learned
+
+
+def _at_lines(text: str) -> Iterator[str]:
+    """``text`` in pieces of at most :data:`_AT_ONCE` letters that end with a line wherever that can be."""
+    start = 0
+    while start < len(text):
+        end = start + _AT_ONCE
+        if end < len(text):
+            end = (text.rfind("\n", start, end) + 1) or end
+        yield text[start:end]
+        start = end

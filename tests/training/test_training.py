@@ -304,6 +304,24 @@ class TestDataset:
         again = train(tiny_model(FAMILY), tokenizer, tmp_path / "a.txt", settings(steps=1), tmp_path / "work")
         assert again.rows.tobytes() == whole.rows.tobytes()
 
+    def test_a_book_is_tokenised_in_pieces_and_is_whole(self, tokenizer, tmp_path, monkeypatch):
+        from kobold_sp_plugin.training import dataset
+
+        monkeypatch.setattr(dataset, "_AT_ONCE", 40)
+        given = []
+
+        def noted(text, **options):
+            given.append(text)
+            return tokenizer(text, **options)
+
+        noted.eos_token_id = None
+        for text in ("The door opened.\n" * 20, "The door opened and " * 20, "x\n" + "y" * 90 + "\nz", "rain"):
+            given.clear()
+            ids, learned = dataset._tokens(next(documents(text)), noted, "\n")
+            assert "".join(given) == text.strip("\n") and max(map(len, given)) <= 40
+            assert len(ids) == len(learned) and all(learned)
+        assert tokenizer.decode(ids) == "rain"
+
     def test_half_of_a_character_is_no_trouble(self, tokenizer, tmp_path):
         (tmp_path / "a.jsonl").write_text('{"text": "The door \\ud83d opened."}', encoding="utf-8")
         dataset = Dataset.write(passages(tmp_path / "a.jsonl"), tokenizer, tmp_path, 32)
