@@ -50,7 +50,14 @@ def test_from_a_folder_of_texts_to_a_soft_prompt_and_a_report(tmp_path):
     texts = [f"The rain was over, and the {a} knew it. Nobody asked the {b}." for a in ("clerk", "cat") for b in "abcd"]
     (drive / "dataset" / "a.txt").write_text("<|endoftext|>".join([*texts, texts[0]]), encoding="utf-8")
     softprompts = drive / "KoboldAI" / "softprompts"
-    form = {"name": "Rain: one/two", "model": "", "tokens": 4, "author": "Ada", "initial_prompt": "The rain", "epochs": 2.0}
+    form = {
+        "name": "Rain: one/two",
+        "model": "",
+        "tokens": 4,
+        "author": "Ada",
+        "initial_prompt": "The rain",
+        "epochs": 2.0,
+    }
     ran = run(tmp_path, dataset_path=str(drive / "dataset"), output_path=str(softprompts), **form)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     found = SoftPrompt.load(softprompts / "Rain- one-two.zip")
