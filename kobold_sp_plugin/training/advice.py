@@ -167,7 +167,7 @@ def _digest(part: str) -> bytes:
 def _of_size(n_bytes: int) -> Iterator[Remark]:
     megabytes = n_bytes / 1e6
     if n_bytes < _TINY_BYTES:
-        sentence = f"only {n_bytes / 1000:.0f} kB of text: a soft prompt of it repeats it more than it learns from it"
+        sentence = f"only {n_bytes / 1000:.1f} kB of text: a soft prompt of it repeats it more than it learns from it"
         yield Remark("size", n_bytes, sentence, False)
     elif n_bytes < ADVISED_BYTES:
         yield Remark("size", n_bytes, f"{megabytes:.1f} MB of text; 8 MB or more, on one theme, work best", False)
