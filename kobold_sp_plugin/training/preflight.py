@@ -41,8 +41,6 @@ _FOUR_NORMS = ("gemma2", "gemma3")
 """Families with a norm after each half of a layer, too."""
 _NORMS_IN_ATTENTION = ("qwen3", "gemma3")
 """Families that normalise queries and keys."""
-
-
 _PACKED = ("accelerate", "bitsandbytes")
 """What a model in 8 or 4 bit needs."""
 
@@ -309,12 +307,12 @@ def _look_at_memory(plan: Plan, config: Dict[str, Any], found: Findings) -> None
     needed = needs(plan.settings, plan.precision)
     if needed <= free:
         return
-    fitting, tried = [], set()
+    fitting, smallest = [], float("inf")
     for precision in (plan.precision, *PRECISIONS[1:]):
         per_weight = BYTES_PER_WEIGHT.get(precision) or (stored if is_gpu else 4.0)
-        if per_weight in tried:
+        if per_weight >= smallest:
             continue
-        tried.add(per_weight)
+        smallest = per_weight
         option = [f"--precision {precision}"] if precision != plan.precision else []
         for changed in _smaller(plan.settings, is_gpu):
             would = needs(changed, precision)

@@ -77,3 +77,8 @@ def test_where_nothing_fits_that_is_said(problems):
 def test_a_text_longer_than_a_batch_is_counted_whole(problems):
     assert not problems(2_000_000_000, block=256)
     assert problems(2_000_000_000, block=2048)
+
+
+def test_no_larger_precision_is_advised(problems):
+    (problem,) = problems(400_000_000, precision="bfloat16")
+    assert len(advised(problem)) == 3 and "float32" not in problem and "float16" not in problem.replace("bfloat16", "")
