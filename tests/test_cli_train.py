@@ -1,5 +1,6 @@
 """`kobold-sp train` and `kobold-sp dataset`, as a user runs them."""
 
+import errno
 import json
 import os
 import random
@@ -109,6 +110,21 @@ class TestTrain:
         assert found.order == "after_bos"
         assert found.metadata[OWN_KEY]["training"]["settings"]["optimizer"] == "adafactor"
 
+    @pytest.mark.parametrize(
+        "more",
+        [
+            (),
+            ("--initial-text", "The rain"),
+            ("--initial", "vocabulary"),
+            ("--initial", "words", "--initial-text", "rain, word"),
+        ],
+    )
+    def test_rows_begin_as_is_asked_for(self, here, model_folder, more):
+        answer = json.loads(train(model_folder, *more, "--json", steps=1).stdout)
+        settings = SoftPrompt.load(answer["softprompt"]).metadata[OWN_KEY]["training"]["settings"]
+        assert settings["initial"] == (more[1] if "--initial" in more else "text")
+        assert settings["initial_text"] == (more[-1] if "--initial-text" in more else "")
+
     def test_samples_are_shown_on_the_way_and_change_no_rows(self, here, model_folder, monkeypatch):
         from kobold_sp_plugin.training import making
 
@@ -129,13 +145,30 @@ class TestTrain:
             str(Path("softprompts/Rain-v2.zip")),
         )
         assert Path(first["softprompt"]).read_bytes() == before
+        assert [SoftPrompt.load(each["softprompt"]).name for each in (first, second)] == ["Rain", "Rain v2"]
+        found = [json.loads(train(model_folder, "--json", name="Rain v3", steps=1).stdout) for _ in range(2)]
+        assert [Path(each["softprompt"]).name for each in found] == ["Rain v3.zip", "Rain v4.zip"]
+        assert SoftPrompt.load(found[1]["softprompt"]).name == "Rain v4"
         assert Path("training/Rain/report.html").is_file() and Path("training/Rain-v2/report.html").is_file()
         again = json.loads(train(model_folder, "--json", "--output", here / "mine" / "x.zip").stdout)
         same = [SoftPrompt.load(each["softprompt"]).rows.tobytes() for each in (first, again)]
         assert same[0] == same[1]
         assert (here / "mine" / "training" / "x" / "report.html").is_file()
-        folder = json.loads(train(model_folder, "--json", "--output", here / "mine", steps=1).stdout)
-        assert folder["softprompt"] == str(here / "mine" / "Rain.zip")
+
+    def test_the_data_may_be_the_folder_in_which_it_trains(self, here, model_folder):
+        command = ("train", "--data", ".", "--name", "Rain", "--model", model_folder, "--steps", 2, *QUICK, "--json")
+        found = [json.loads(run(*command).stdout) for _ in range(2)]
+        rows = [SoftPrompt.load(each["softprompt"]).rows.tobytes() for each in found]
+        assert rows[0] == rows[1]
+
+    @pytest.mark.parametrize("is_there", [True, False])
+    def test_the_output_may_be_a_folder(self, here, model_folder, is_there):
+        folder = here / "KoboldAI" / "softprompts"
+        if is_there:
+            folder.mkdir(parents=True)
+        answer = train(model_folder, "--output", folder, steps=1)
+        assert files_in(folder) == ["Rain.zip"], answer.output
+        assert (here / "KoboldAI" / "training" / "Rain" / "report.html").is_file()
 
     def test_one_that_does_not_help_says_so_and_no_model_means_the_demonstration(self, here):
         SoftPrompt(np.random.default_rng(0).normal(size=(4, 160)).astype(np.float32)).save("noise.zip")
@@ -212,6 +245,24 @@ class TestTrain:
         assert f"Going on from step {step} of 400" in answer.stderr
         assert json.loads(answer.stdout)["resumed_at"] == step
 
+    @pytest.mark.skipif(os.name == "nt", reason="signals")
+    def test_ctrl_c_before_the_first_step_ends_at_once(self, here, model_folder, monkeypatch):
+        from kobold_sp_plugin.training import dataset
+
+        whole, told = dataset._tokens, []
+
+        def tokens(*arguments):
+            told.append(arguments)
+            if len(told) == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            return whole(*arguments)
+
+        monkeypatch.setattr(dataset, "_tokens", tokens)
+        answer = train(model_folder)
+        assert answer.exit_code == 1 and "The same command goes on" in answer.stderr
+        assert len(told) == 3
+        assert files_in(here / "training") == ["Rain/lock"]
+
     @pytest.mark.slow
     @pytest.mark.timeout(180)  # several processes, each of which imports torch
     def test_killed_at_any_moment_it_goes_on_to_the_same_rows(self, here, model_folder):
@@ -233,6 +284,23 @@ class TestTrain:
         whole, again = (SoftPrompt.load(f"softprompts/{name}.zip") for name in ("Whole", "Killed"))
         assert again.rows.tobytes() == whole.rows.tobytes()
         assert again.metadata[OWN_KEY]["training"] == whole.metadata[OWN_KEY]["training"]
+
+    def test_one_that_ends_before_its_report_is_gone_on_with_and_leaves_nothing(self, here, model_folder, monkeypatch):
+        from kobold_sp_plugin.training import making
+
+        def full(*arguments):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(making, "write_report", full)
+            answer = train(model_folder)
+        assert answer.exit_code == 2
+        assert re.search(r"disk of .*Rain is full\. Make room on it\. The same command goes on", answer.output)
+        Path("training/Rain/.kobold-sp-0123456789abcdef.tmp").write_bytes(b"of a process that was killed")
+        answer = train(model_folder)
+        assert "Going on from step 10 of 10" in answer.stderr
+        assert files_in(here / "softprompts") == ["Rain.zip"]
+        assert not list(here.rglob(".*"))
 
     def test_two_of_one_name_do_not_train_at_once(self, here, model_folder):
         from kobold_sp_plugin.training.places import alone_in
@@ -274,6 +342,9 @@ class TestWhatIsWrong:
             (("--block", 200), "Try --block 124"),
             (("--learning-rate", -1), "learning_rate is -1"),
             (("--initial-text", "@nowhere.txt"), "nowhere.txt"),
+            (("--output", "rain.json"), "--output rain.zip"),
+            (("--from", "nowhere.zip", "--initial-text", "Rain."), "leave out --initial"),
+            (("--initial", "words"), "there are none"),
         ],
     )
     def test_each_is_named(self, here, model_folder, arguments, why):
@@ -314,21 +385,15 @@ class TestWhatIsWrong:
         monkeypatch.setattr(preflight, "free_memory", lambda *_: (10**10, "memory"))
         answer = train(model_folder, "--sharded", "--precision", "4bit")
         assert answer.exit_code == 2
-        assert "memory has 0.0 GB left" in answer.output and "without accelerate launch" in answer.output
+        assert "memory has 10 MB left" in answer.output and "without accelerate launch" in answer.output
 
     def test_memory_that_does_not_suffice_is_named_with_what_would(self, here, model_folder, monkeypatch):
         from kobold_sp_plugin.training import preflight
 
-        monkeypatch.setattr(preflight, "free_memory", lambda *_: (155_500_000, "memory"))
-        weights = Path("large")
-        weights.mkdir()
-        for file in model_folder.iterdir():
-            (weights / file.name).write_bytes(file.read_bytes())
-        with open(weights / "model.safetensors", "ab") as file:
-            file.truncate(400_000)
-        answer = train(weights, "--batch-tokens", 2000)
+        monkeypatch.setattr(preflight, "free_memory", lambda *_: (105_000_000, "memory"))
+        answer = train(model_folder, "--batch-tokens", 2000)
         assert answer.exit_code == 2
-        assert "memory has 0.2 GB left" in answer.output and "--checkpoint-layers" in answer.output
+        assert "memory has 105 MB left" in answer.output and "No settings would make it fit" in answer.output
 
     def test_a_fine_tune_is_told_of_its_core_model(self, here, model_folder, tmp_path):
         folder = tmp_path / "tuned"

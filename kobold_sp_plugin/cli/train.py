@@ -1,5 +1,6 @@
 """``kobold-sp train``."""
 
+import errno
 import json
 import logging
 import signal
@@ -16,6 +17,7 @@ from .common import WrongUse, line
 
 _LINE_SECONDS = 10.0
 """How often a progress line is written where there is no terminal to redraw one in."""
+_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 @click.command()
@@ -42,7 +44,11 @@ _LINE_SECONDS = 10.0
 @click.option(
     "--initial-text", metavar="TEXT", default="", help="What the rows begin as, or @FILE. [default: words of the data]"
 )
-@click.option("--initial", type=click.Choice(["text", "vocabulary"]), help="Or sampled vocabulary. [default: text]")
+@click.option(
+    "--initial",
+    type=click.Choice(["text", "vocabulary", "words"]),
+    help='Or sampled vocabulary; or words, of --initial-text "rain, city, night", one for each row. [default: text]',
+)
 @click.option(
     "--from",
     "start_from",
@@ -125,15 +131,17 @@ def _train(
     from ..errors import SoftPromptError, TrainingError
     from ..softprompt import Order
     from ..training.making import make
-    from ..training.places import filename, places
+    from ..training.places import filename, of_version, places
     from ..training.preflight import Plan, facts_of, look
 
     path = model or str(MODEL)
     known = facts_of(path)
     context = known.context if known is not None else None
     file = f"{filename(name) or 'unnamed'}.zip"
-    if output is not None and output.is_dir():
+    if output is not None and (output.is_dir() or not output.suffix):
         output = output / file
+    if start_from and (initial_text or settings.get("initial")):
+        raise WrongUse("--from says what the rows begin as: leave out --initial and --initial-text, or --from.")
     try:
         start_settings = _of_start(start_from)
         n_tokens = tokens or start_settings.get("n_tokens", 20)
@@ -163,15 +171,22 @@ def _train(
         raise WrongUse("\n".join(["This training cannot be:", *(f"  - {line(each)}" for each in found.problems)]))
     shown.remarks(found.remarks)
     model_name = "demonstration" if model is None else (Path(model).name if Path(model).is_dir() else model)
-    metadata = {"name": name, "model": model_name, "supported": _parts(supported) or [model_name]}
+    title = of_version(name, plan.places.version, " v")  # a menu shows names, and two alike could not be told apart
+    metadata = {"name": title, "model": model_name, "supported": _parts(supported) or [model_name]}
     metadata.update({key: text for key, text in (("author", author), ("description", description)) if text})
     try:
-        with _interruptible() as is_stopped:
+        with _interruptible(shown) as is_stopped:
             made = make(plan, metadata, shown.begun, shown.progress, shown.sample, is_stopped, found.remarks)
     except TrainingError as error:
         raise WrongUse(line(str(error))) from error
     except (SoftPromptError, OSError) as error:
-        raise WrongUse(f"Training stopped: {line(str(error))}. The same command goes on from where it was.") from error
+        why = line(str(error))
+        if isinstance(error, OSError) and error.errno in _FULL:
+            why = f"the disk of {line(str(plan.places.work))} is full. Make room on it"
+        raise WrongUse(f"Training stopped: {why}. The same command goes on from where it was.") from error
+    except KeyboardInterrupt:
+        shown.ended_at_once()
+        sys.exit(1)
     if made is None:
         shown.interrupted()
         sys.exit(1)
@@ -185,6 +200,7 @@ class _Shown:
 
     def __init__(self) -> None:
         self.step = 0
+        self.has_begun = False
         self.resumed_at: Optional[int] = None
         self._bar: Any = None
         self._last = 0.0
@@ -203,7 +219,7 @@ class _Shown:
 
     def begun(self, training: Any) -> None:
         """Say what begins, or from where it goes on."""
-        self.step, self.resumed_at = training.step, training.resumed_at
+        self.has_begun, self.step, self.resumed_at = True, training.step, training.resumed_at
         if self.resumed_at is not None:
             _tell(f"Going on from step {self.resumed_at} of {training.steps}.")
         data = training.dataset
@@ -242,6 +258,11 @@ class _Shown:
         self._close_bar()
         _tell(f"Interrupted at step {self.step}; saved. The same command goes on from there.")
 
+    def ended_at_once(self) -> None:
+        """Say that it was interrupted, and not at the end of a step."""
+        self._close_bar()
+        _tell("Ended. The same command goes on from the last checkpoint, if there was one.")
+
     def done(self, made: Any, as_json: bool) -> None:
         """Print the answer, on standard output."""
         self._close_bar()
@@ -265,7 +286,8 @@ class _Lines(_Shown):
         self._remarks = list(remarks)
 
     def begun(self, training: Any) -> None:
-        self.step, self.resumed_at, data = training.step, training.resumed_at, training.dataset
+        self.has_begun, self.step, self.resumed_at = True, training.step, training.resumed_at
+        data = training.dataset
         counts = {"step": training.step, "steps": training.steps, "resumed_at": training.resumed_at}
         counts.update(documents=data.n_documents, tokens=data.n_tokens)
         self._say("begun", **counts, remarks=self._remarks)
@@ -279,6 +301,9 @@ class _Lines(_Shown):
 
     def interrupted(self) -> None:
         self._say("interrupted", step=self.step)
+
+    def ended_at_once(self) -> None:
+        pass  # which step is saved is not known here; the exit status tells
 
     def done(self, made: Any, as_json: bool) -> None:
         self._say("done", sentence=made.result.sentence, **_answer(made, self.resumed_at))
@@ -302,20 +327,22 @@ def _answer(made: Any, resumed_at: Optional[int]) -> Dict[str, Any]:
 
 
 @contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C, or a request to end, lets the step end first; a second one does not wait. Yields what tells."""
+def _interruptible(shown: _Shown) -> Iterator[Callable[[], bool]]:
+    """Ctrl-C, or a request to end, lets the step end first; a second one, or one before any, does not wait.
+
+    Yields what tells.
+    """
     from ..training import processes
 
     stopped = threading.Event()
 
     def stop(number: int, frame: Any) -> None:
-        if stopped.is_set():
-            if processes.count() > 1:
-                return  # what starts several processes tells each of them twice
+        # What starts several processes tells each of them twice.
+        if processes.count() == 1 and (stopped.is_set() or not shown.has_begun):
             raise KeyboardInterrupt
+        if processes.is_first() and not stopped.is_set():
+            _tell("Ending after this step ... (again: at once)")
         stopped.set()
-        if processes.is_first():
-            _tell("Ending after this step ...")
 
     if threading.current_thread() is not threading.main_thread():
         yield stopped.is_set

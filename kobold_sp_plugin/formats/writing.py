@@ -7,6 +7,8 @@ import shutil
 from contextlib import contextmanager
 from typing import BinaryIO, Iterator, Mapping
 
+_PREFIX, _SUFFIX = ".kobold-sp-", ".tmp"
+
 
 @contextmanager
 def replacing(path: str) -> Iterator[BinaryIO]:
@@ -59,5 +61,12 @@ def write_folder(path: str, files: Mapping[str, bytes]) -> None:
         raise
 
 
+def remove_unfinished(folder: str) -> None:
+    """Remove what writers that were killed left in ``folder``; for a folder in which nobody else writes now."""
+    for name in os.listdir(folder):
+        if name.startswith(_PREFIX) and name.endswith(_SUFFIX):
+            os.unlink(os.path.join(folder, name))
+
+
 def _sibling(path: str) -> str:
-    return os.path.join(os.path.dirname(path), f".kobold-sp-{secrets.token_hex(8)}.tmp")
+    return os.path.join(os.path.dirname(path), f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}")

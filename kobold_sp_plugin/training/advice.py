@@ -11,11 +11,12 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
 
 from ..errors import NoData
 from ..formats.writing import write_file
-from .texts import DOCUMENT_END, decoded, files_of, in_order
+from .texts import DOCUMENT_END, SUFFIXES, decoded, files_of, in_order, left_out, passages
 
 ADVISED_BYTES = 8_000_000
 """The guide's advice: at least 8 MB of text; less gives a soft prompt that knows little but its opening."""
 _TINY_BYTES = 100_000
+_JSON = (".jsonl", ".json")
 
 _MARKUP = re.compile(
     r"</?(?:p|br|div|span|i|b|em|strong|a|h[1-6]|hr|font|center)\b[^<>]{0,200}>|\[/?(?:b|i|u|url|quote)\]", re.I
@@ -45,7 +46,10 @@ class Advice(NamedTuple):
 
 
 def advise(path: Path) -> Advice:
-    """Look at the texts at ``path``, a file or a folder. Raises :class:`NoData`."""
+    """Look at the texts at ``path``, a file or a folder.
+
+    Raises :class:`NoData` or :class:`~kobold_sp_plugin.errors.DataNotUnderstood`.
+    """
     found: Dict[str, int] = Counter()
     examples: Dict[str, str] = {}
     seen: Dict[bytes, str] = {}
@@ -57,26 +61,27 @@ def advise(path: Path) -> Advice:
         if is_guess:
             found["encoding"] += 1
             examples.setdefault("encoding", f"{file.name}: {encoding}")
-        if file.suffix.lower() != ".txt":
-            documents += text.count("\n")
-            continue
-        for document in text.split(DOCUMENT_END):
-            if not document.strip():
-                continue
-            documents += 1
-            digest = hashlib.sha256(" ".join(document.split()).encode("utf-8", errors="replace")).digest()
+        is_text = file.suffix.lower() not in _JSON
+        if not is_text:
+            documents += sum(1 for _ in passages(file, _PlainTemplate()))
+        for part in _parts(file, text):
+            documents += is_text
+            digest = _digest(part)
             if digest in seen:
                 found["duplicate"] += 1
                 examples.setdefault("duplicate", f"{file.name} and {seen[digest]}")
             seen.setdefault(digest, file.name)
-            for kind, _, trouble in _TROUBLES:
-                count = trouble(document)
+            for kind, _, trouble in _TROUBLES if is_text else ():
+                count = trouble(part)
                 if count:
                     found[kind] += count
                     examples.setdefault(kind, file.name)
     if not documents:
         raise NoData(f"The files in {path} hold no text.")
     remarks = [*_of_size(n_bytes)]
+    others = left_out(path)
+    if others:
+        remarks.append(Remark("left out", 1, others, False))
     if found["encoding"]:
         sentence = f"{found['encoding']} files are not UTF-8; their encoding was guessed ({examples['encoding']})"
         remarks.append(Remark("encoding", found["encoding"], sentence, True))
@@ -97,26 +102,32 @@ def clean(path: Path, target: Path) -> List[Path]:
     """
     if target.exists() and any(target.iterdir()):
         raise FileExistsError(f"{target} holds something already; name a new folder")
-    written = []
+    written: List[Path] = []
     seen = set()
-    for file in files_of(path):
-        content = decoded(file.read_bytes()).text
-        if file.suffix.lower() == ".txt":
-            kept = []
-            for document in content.split(DOCUMENT_END):
-                mended = mend(document)
-                digest = " ".join(mended.split())
-                if digest and digest not in seen:
-                    seen.add(digest)
-                    kept.append(mended)
-            content = f"\n{DOCUMENT_END}\n".join(kept)
-            if not content:
-                continue
-        relative = file.name if path.is_file() else str(file.relative_to(path))
-        copy = target / relative
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        write_file(str(copy), content.encode("utf-8", errors="replace"))
-        written.append(copy)
+    try:
+        for file in files_of(path):
+            content = decoded(file.read_bytes()).text
+            suffix = file.suffix.lower()
+            if suffix != ".json":
+                kept = []
+                for part in _parts(file, content):
+                    mended = part.strip() if suffix in _JSON else mend(part)
+                    digest = _digest(mended)
+                    if mended and digest not in seen:
+                        seen.add(digest)
+                        kept.append(mended)
+                if not kept:
+                    continue
+                content = ("\n" if suffix in _JSON else f"\n{DOCUMENT_END}\n").join(kept)
+            name = file.name if path.is_file() else str(file.relative_to(path))
+            copy = target / (name if suffix in SUFFIXES else f"{name}.txt")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            write_file(str(copy), content.encode("utf-8", errors="replace"))
+            written.append(copy)
+    except BaseException:  # half of the texts would pass for all of them
+        for copy in written:
+            copy.unlink()
+        raise
     return written
 
 
@@ -132,10 +143,31 @@ def mend(document: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).strip("\n")
 
 
+class _PlainTemplate:
+    """Writes chat messages for what need not be as the model's own template has it."""
+
+    chat_template = "plain"
+
+    def apply_chat_template(self, messages: List[Any], **options: Any) -> str:
+        return "".join(f"{message['role']}: {message['content']}\n" for message in messages)
+
+
+def _parts(file: Path, text: str) -> List[str]:
+    """What may be there twice: the documents of a text, the lines of a ``.jsonl``; nothing of a ``.json``."""
+    suffix = file.suffix.lower()
+    parts = [] if suffix == ".json" else text.split("\n" if suffix == ".jsonl" else DOCUMENT_END)
+    return [part for part in parts if part.strip()]
+
+
+def _digest(part: str) -> bytes:
+    """The same for parts that differ in white space only."""
+    return hashlib.sha256(" ".join(part.split()).encode("utf-8", errors="replace")).digest()
+
+
 def _of_size(n_bytes: int) -> Iterator[Remark]:
     megabytes = n_bytes / 1e6
     if n_bytes < _TINY_BYTES:
-        sentence = f"only {n_bytes / 1000:.0f} kB of text: a soft prompt of it repeats it more than it learns from it"
+        sentence = f"only {n_bytes / 1000:.1f} kB of text: a soft prompt of it repeats it more than it learns from it"
         yield Remark("size", n_bytes, sentence, False)
     elif n_bytes < ADVISED_BYTES:
         yield Remark("size", n_bytes, f"{megabytes:.1f} MB of text; 8 MB or more, on one theme, work best", False)

@@ -8,9 +8,9 @@ import hashlib
 import json
 import os
 import random
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, BinaryIO, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from ..errors import NoData
 from ..formats.writing import write_file
 from .texts import Passage
 
+_AT_ONCE = 2**20
+"""Letters that the tokenizer is given at once: what it keeps of each token takes far more memory than the token."""
 IGNORED = -100
 """The label of a position at which nothing is to be learned; torch's own convention."""
 
@@ -72,7 +74,7 @@ class Dataset:
         dtype = np.dtype("<u2" if len(tokenizer) <= 2**16 else "<u4")
         digest = hashlib.sha256(repr((prefix, room)).encode())
         cuts, documents, count = [0], [], 0
-        with open(folder / "tokens.ids", "wb") as ids_file, open(folder / "tokens.learned", "wb") as learned_file:
+        with _whole(folder / "tokens.ids") as ids_file, _whole(folder / "tokens.learned") as learned_file:
             for number, passage in enumerate(passages):
                 ids, learned = _tokens(passage, tokenizer, newline)
                 if not any(learned):
@@ -92,9 +94,6 @@ class Dataset:
                     count += part.stop - part.start
                     cuts.append(count)
                     documents.append(number)
-            for file in (ids_file, learned_file):  # on the disk before what says that they are whole
-                file.flush()
-                os.fsync(file.fileno())
         if not count:
             raise NoData("The data holds nothing to learn from: every document in it is empty.")
         digest.update(np.asarray(cuts, dtype="<i8").tobytes())
@@ -180,6 +179,23 @@ class Dataset:
         return iter(result)
 
 
+@contextmanager
+def _whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which is on the disk at the end of the ``with`` block; where that fails it is gone again.
+
+    It has its name from the beginning: it is large, and nothing reads it without the file that says that it is whole.
+    """
+    try:
+        with open(path, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(path)  # a disk that is full gets its room back
+        raise
+
+
 def prefix_of(tokenizer: Any) -> Tuple[int, ...]:
     """What the tokenizer puts before every text: the beginning-of-sequence token, for models that have it."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -195,13 +211,24 @@ def _tokens(passage: Passage, tokenizer: Any, newline: str) -> Tuple[List[int], 
     ids: List[int] = []
     learned: List[bool] = []
     for text, is_learned in passage.parts:
-        whole = text.encode("utf-8", "replace").decode(
-            "utf-8"
-        )  # JSON can hold half of a character; tokenizers refuse it
-        part = tokenizer(whole.replace("\n", newline), add_special_tokens=False, verbose=False)["input_ids"]
-        ids += part
-        learned += [is_learned] * len(part)
+        # JSON can hold half of a character; tokenizers refuse it.
+        whole = text.encode("utf-8", "replace").decode("utf-8")
+        for piece in _at_lines(whole):
+            part = tokenizer(piece.replace("\n", newline), add_special_tokens=False, verbose=False)["input_ids"]
+            ids += part
+            learned += [is_learned] * len(part)
     if tokenizer.eos_token_id is not None:
         ids.append(tokenizer.eos_token_id)
         learned.append(True)
     return ids, learned
+
+
+def _at_lines(text: str) -> Iterator[str]:
+    """``text`` in pieces of at most :data:`_AT_ONCE` letters that end with a line wherever that can be."""
+    start = 0
+    while start < len(text):
+        end = start + _AT_ONCE
+        if end < len(text):
+            end = (text.rfind("\n", start, end) + 1) or end
+        yield text[start:end]
+        start = end

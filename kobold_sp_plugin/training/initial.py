@@ -1,6 +1,6 @@
 """What the rows are before they learn."""
 
-from typing import Any, Sequence, Union
+from typing import Any, List, Sequence, Union
 
 import numpy as np
 
@@ -30,16 +30,42 @@ def initial_rows(
             return rows_of(start_from, model, settings.n_tokens)
         several = [rows_of(each, model, settings.n_tokens) for each in start_from]
         return np.stack(several) if len(several) > 1 else several[0]
+    if settings.initial == "words":
+        return _of_words(words_of(settings.initial_text)[: settings.n_tokens], tokenizer, embedding, settings, rng)
     if settings.initial == "vocabulary":
-        # The first ids are the most frequent of most vocabularies; rare rows hardly left their initialisation.
-        ids = rng.choice(min(5000, len(tokenizer)), settings.n_tokens)
-    elif settings.initial == "words" or settings.initial_text.strip():
+        ids = _sampled(rng, tokenizer, settings.n_tokens)
+    elif settings.initial_text.strip():
         ids = tokenizer(settings.initial_text, add_special_tokens=False)["input_ids"]
     else:
         pieces = [piece for piece in range(len(dataset)) if dataset.length(piece) > settings.n_tokens]
         piece = int(rng.choice(pieces or range(len(dataset))))
         ids = dataset.batch([piece]).ids[0, len(dataset.prefix) :]
     return matrix_rows(embedding, np.resize(np.asarray(ids), settings.n_tokens))
+
+
+def words_of(text: str) -> List[str]:
+    """The words that rows begin as: what commas part, or, where there are none, white space."""
+    return [word.strip() for word in (text.split(",") if "," in text else text.split()) if word.strip()]
+
+
+def _of_words(
+    words: Sequence[str], tokenizer: Any, embedding: Any, settings: Settings, rng: np.random.Generator
+) -> np.ndarray:
+    """A row for each word, the mean of its tokens; the rows that are left are sampled from the vocabulary."""
+    rows = []
+    for word in words:
+        # As it is within a text, where most vocabularies have a word with the space before it.
+        found = [tokenizer(each, add_special_tokens=False)["input_ids"] for each in (f" {word}", word)]
+        ids = min(filter(None, found), key=len, default=None)
+        if ids is not None:  # a tokenizer may leave out what it does not know
+            rows.append(matrix_rows(embedding, ids).mean(axis=0))
+    rows += list(matrix_rows(embedding, _sampled(rng, tokenizer, settings.n_tokens - len(rows))))
+    return np.stack(rows)
+
+
+def _sampled(rng: np.random.Generator, tokenizer: Any, count: int) -> np.ndarray:
+    # The first ids are the most frequent of most vocabularies; rare rows hardly left their initialisation.
+    return rng.choice(min(5000, len(tokenizer)), count)
 
 
 def rows_of(softprompt: SoftPrompt, model: Any, n_tokens: int) -> np.ndarray:

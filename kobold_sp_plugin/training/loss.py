@@ -9,7 +9,7 @@ from typing import Any, Callable, NamedTuple, Optional, Tuple
 
 import torch
 
-_CHUNK_VALUES = 2**23
+CHUNK_VALUES = 2**23
 """Logits of one chunk, at least: 32 MB in float32. Of a piece of that size or more the C library never keeps the place
 for itself when it is given back; smaller ones leave holes that the next step's activations fall into."""
 
@@ -79,11 +79,16 @@ def cross_entropy(head: Head, hidden: torch.Tensor, wanted: torch.Tensor) -> tor
     return loss
 
 
+def _slope(logits: torch.Tensor, softcap: float) -> torch.Tensor:
+    """The derivative of the soft cap where it gave ``logits``; one tensor of their size."""
+    return logits.div(softcap).square_().neg_().add_(1)
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, wanted: torch.Tensor, head: Head) -> torch.Tensor:
         vocabulary = head.weight.shape[0]
-        per_chunk = min(hidden.shape[0], -(-_CHUNK_VALUES // vocabulary))
+        per_chunk = min(hidden.shape[0], -(-CHUNK_VALUES // vocabulary))
         place = torch.empty(per_chunk, vocabulary, dtype=torch.float32, device=hidden.device)
         gradient = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -91,7 +96,7 @@ class _CrossEntropy(torch.autograd.Function):
             chunk = slice(start, start + per_chunk)
             targets = wanted[chunk].unsqueeze(1)
             logits = head.logits(hidden[chunk], place)
-            slope = None if head.softcap is None or gradient is None else 1 - (logits / head.softcap) ** 2
+            slope = None if head.softcap is None or gradient is None else _slope(logits, head.softcap)
             # By hand, in place: torch's own logsumexp and softmax each make another tensor of this size.
             most = logits.amax(dim=1, keepdim=True)
             total += (most - logits.gather(1, targets)).sum()

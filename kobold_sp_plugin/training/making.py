@@ -1,5 +1,6 @@
 """From a plan to a soft prompt in its folder, and a report: what ``kobold-sp train`` does."""
 
+import errno
 import os
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 from .. import formats
 from ..compatibility.matrix import matrix_of, nearest
 from ..errors import AlreadyRunning
+from ..formats.writing import remove_unfinished
 from ..softprompt import OWN_KEY, SoftPrompt
 from . import processes
 from .loading import load_model
@@ -46,8 +48,10 @@ def make(
 
     Raises a :class:`~kobold_sp_plugin.errors.SoftPromptError` or :class:`OSError`; what was trained until then is kept.
     """
-    output, work = plan.places
+    output, work, _ = plan.places
     with alone_in(work) if processes.is_first() else nullcontext():
+        if processes.is_first():
+            remove_unfinished(str(work))
         if os.path.lexists(output):
             raise AlreadyRunning(f"{output} is there since a moment ago. Start again for another version.")
         start = [SoftPrompt.load(path) for path in plan.start_from] or None
@@ -79,10 +83,24 @@ def make(
                 remarks,
             )
         if processes.is_first():
-            output.parent.mkdir(parents=True, exist_ok=True)
-            formats.save(softprompt, output)
+            # The zip comes last: once it is there, the same command begins the next version.
             write_report(result, work / REPORT)
+            _put(softprompt, output, work)
         return Made(output, work / REPORT, result)
+
+
+def _put(softprompt: SoftPrompt, output: Path, work: Path) -> None:
+    """Write the zip in ``work`` and move it: a process that is killed leaves nothing in a folder of soft prompts."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    written = work / f"softprompt{output.suffix}"
+    formats.save(softprompt, written)
+    try:
+        os.replace(written, output)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        formats.save(softprompt, output)  # the folder is on another disk
+        written.unlink()
 
 
 def _is_time_for_a_sample(progress: Progress) -> bool:

@@ -10,6 +10,7 @@ from ..errors import AlreadyRunning
 from .checkpoint import FILENAME
 
 LOCK = "lock"
+_VERSION = re.compile(r"(.+[ _.-]v)(\d{1,9})")
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{kind}{number}" for kind in ("com", "lpt") for number in range(1, 10))}
 
 
@@ -20,6 +21,8 @@ class Places(NamedTuple):
     """The zip, which is not there yet."""
     work: Path
     """Tokens, checkpoint and report."""
+    version: int = 1
+    """Which of its name, from 1."""
 
     @property
     def is_begun(self) -> bool:
@@ -43,11 +46,19 @@ def places(wanted: Path) -> Places:
     beside = folder.parent if folder.resolve().name == "softprompts" else folder
     number = 1
     while True:
-        stem = wanted.stem if number == 1 else f"{wanted.stem}-v{number}"
+        stem = of_version(wanted.stem, number, "-v")
         output = folder / f"{stem}{wanted.suffix or '.zip'}"
         if not os.path.lexists(output):
-            return Places(output, beside / "training" / stem)
+            return Places(output, beside / "training" / stem, number)
         number += 1
+
+
+def of_version(text: str, number: int, mark: str) -> str:
+    """``text`` for the ``number``-th version: "Noir", "Noir-v2" ...; of a "Noir v3", "Noir v4" is the second."""
+    if number == 1:
+        return text
+    own = _VERSION.fullmatch(text)
+    return f"{own[1]}{int(own[2]) + number - 1}" if own else f"{text}{mark}{number}"
 
 
 @contextmanager

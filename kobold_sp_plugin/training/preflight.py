@@ -3,31 +3,46 @@
 import json
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from ..compatibility import ModelFacts, facts
 from ..errors import FormatError, ModelError, TrainingError
 from ..softprompt import SoftPrompt
 from . import processes
 from .loading import BYTES_PER_WEIGHT, PRECISIONS
+from .loss import CHUNK_VALUES
 from .places import Places, filename
 from .settings import Settings
-from .texts import files_of, in_order, passages
+from .texts import files_of, in_order, left_out, passages
 
 INSTALL = 'pip install "kobold_sp_plugin[training]"'
 _TINY_BYTES = 100_000
 _ADVISED_BYTES = 8_000_000
-_CHUNK_BYTES = 150_000_000
-"""What one chunk of logits, its gradient and the buffers of the libraries take, whatever the model."""
+_LEAST_BLOCK = 64
+"""Tokens of a text; nobody is advised to train on shorter ones."""
+_LIBRARIES_BYTES = 100_000_000
+"""What the libraries, the tokenizer and the optimizer take besides, whatever the model: 80 to 120 MB were seen."""
+_HOLES = 1.6
+"""What the C library's heap grows to, of what is kept in it: it does not put a tensor where one of its size was. Seen:
+1.3 to 1.7, the more the longer a training takes."""
+_HEAP_BYTES = 2**25
+"""Of a tensor of this size or more the system gets the memory back at once; such leave no holes."""
 _SIZES = (
     ("num_hidden_layers", "n_layer", "num_layers"),
     ("hidden_size", "n_embd", "d_model"),
     ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"),
+    ("num_attention_heads", "n_head", "num_heads"),
 )
-"""What configurations call the number of layers, their width, and the width inside them."""
+"""What configurations call the number of layers, their width, the width inside them, and their attention heads."""
+_FOUR_NORMS = ("gemma2", "gemma3")
+"""Families with a norm after each half of a layer, too."""
+_NORMS_IN_ATTENTION = ("qwen3", "gemma3")
+"""Families that normalise queries and keys."""
+_PACKED = ("accelerate", "bitsandbytes")
+"""What a model in 8 or 4 bit needs."""
 
 
 @dataclass
@@ -119,6 +134,12 @@ def _look_at_name(plan: Plan, found: Findings) -> None:
 
 
 def _look_at_places(plan: Plan, found: Findings) -> None:
+    output = plan.places.output
+    if output.suffix.lower() != ".zip":
+        found.problems.append(
+            f"The soft prompt is written as a zip, and {output.name} is named otherwise: --output {output.stem}.zip. "
+            "`kobold-sp convert` makes other formats of it."
+        )
     for folder, what in ((plan.places.output.parent, "soft prompt"), (plan.places.work, "training")):
         there = _nearest(folder)
         if not there.is_dir():
@@ -134,6 +155,9 @@ def _look_at_data(plan: Plan, found: Findings) -> int:
     except (TrainingError, OSError) as error:
         found.problems.append(str(error))
         return 0
+    others = left_out(plan.data)
+    if others:
+        found.remarks.append(f"{others}.")
     closed = [file for file in files if not os.access(file, os.R_OK)]
     found.problems += [f"{file} cannot be read: no permission." for file in closed[:5]]
     if closed:
@@ -152,7 +176,7 @@ def _look_at_data(plan: Plan, found: Findings) -> int:
     elif n_bytes < _TINY_BYTES:
         found.remarks.append(
             f"The data are {n_bytes / 1000:.1f} kB of text. That is very little: the soft prompt learns to repeat it "
-            "more than to write like it; 8 MB or more work best."
+            "more than to write like it, and keeps few facts of it; 8 MB or more work best."
         )
     elif n_bytes < _ADVISED_BYTES:
         found.remarks.append(f"The data are {n_bytes / 1e6:.1f} MB of text; 8 MB or more, on one theme, work best.")
@@ -253,7 +277,7 @@ def _look_at_disk(plan: Plan, n_bytes: int, found: Findings) -> None:
 
 
 def _look_at_packages(plan: Plan, found: Findings) -> None:
-    needed = {"8bit": ("accelerate", "bitsandbytes"), "4bit": ("accelerate", "bitsandbytes")}.get(plan.precision, ())
+    needed = _PACKED if plan.precision in ("8bit", "4bit") else ()
     for option, names in ((f"--precision {plan.precision}", needed), ("--sharded", ("accelerate",) * plan.sharded)):
         missing = [name for name in names if find_spec(name) is None]
         if missing:
@@ -285,15 +309,23 @@ def _look_at_memory(plan: Plan, config: Dict[str, Any], found: Findings) -> None
         free //= several  # each holds a model of its own; of one to be shared, while it loads
     elif plan.sharded:
         count /= several
-    needed = _needed(count, config, plan.settings, plan.precision, stored, is_gpu)
+
+    def needs(settings: Settings, precision: str) -> float:
+        return _needed(count, config, settings, precision, stored, is_gpu)
+
+    needed = needs(plan.settings, plan.precision)
     if needed <= free:
         return
-    fitting = []
-    for precision in PRECISIONS[1:]:
-        for layers in (False, True):
-            changed = Settings(**{**vars(plan.settings), "checkpoint_layers": layers})
-            would = _needed(count, config, changed, precision, stored, is_gpu)
-            options = f"--precision {precision}" + " --checkpoint-layers" * layers
+    fitting, smallest = [], float("inf")
+    for precision in (plan.precision, *PRECISIONS[1:]):
+        per_weight = BYTES_PER_WEIGHT.get(precision) or (stored if is_gpu else 4.0)
+        if per_weight >= smallest:
+            continue
+        smallest = per_weight
+        option = [f"--precision {precision}"] if precision != plan.precision else []
+        for changed in _smaller(plan.settings, is_gpu):
+            would = needs(changed, precision)
+            options = " ".join(option + _options(changed, plan.settings))
             if would <= free:
                 fitting.append((would, options))
                 break
@@ -302,15 +334,55 @@ def _look_at_memory(plan: Plan, config: Dict[str, Any], found: Findings) -> None
     if is_gpu and not plan.sharded and several > 1:
         would = _needed(count / several, config, plan.settings, plan.precision, stored, is_gpu)
         fitting += [(would, "--sharded, a part of the model on each GPU")] * (would <= free)
-    advice = (
-        "This would fit: " + "; ".join(f"{options} ({would / 1e9:.1f} GB)" for would, options in fitting) + "."
-        if fitting
-        else "No precision that it could be loaded in would fit: take a smaller model."
-    )
+    if fitting:
+        advice = "With one of these added to the command it would fit: "
+        advice += "; ".join(f"{options} ({_size(would)})" for would, options in fitting) + "."
+        missing = [name for name in _PACKED if find_spec(name) is None]
+        if missing and any("bit" in options for _, options in fitting):
+            advice += f" 8bit and 4bit need {' and '.join(missing)}: pip install {' '.join(missing)}"
+    else:
+        advice = "No settings would make it fit: take a smaller model, or close other programs."
+    weights = f"{count / 1e9:.2g} billion" if count >= 1e9 else f"{count / 1e6:.3g} million"
     found.problems.append(
-        f"The {where} has {free / 1e9:.1f} GB left; this model of {count / 1e9:.2g} billion weights and its training "
-        f"need about {needed / 1e9:.1f} GB. {advice}"
+        f"The {where} has {_size(free)} left; this model of {weights} weights and its training need about "
+        f"{_size(needed)}. {advice}"
     )
+
+
+def _size(n_bytes: float) -> str:
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.0f} MB"
+
+
+def _smaller(settings: Settings, is_gpu: bool) -> Iterator[Settings]:
+    """``settings``, and others that take less memory: the ones that change least first.
+
+    Smaller batches are as good and about as fast, layers that are computed again take a third more time, and of
+    shorter texts less is learned of how one goes on.
+    """
+    yield settings
+    row = settings.block + settings.n_tokens
+    tokens = max(settings.batch_tokens or (row if is_gpu else 1024), row)
+    batches = [replace(settings, batch_tokens=row * count) for count in range((tokens - 1) // row, 0, -1)]
+    yield from batches
+    yield replace(settings, checkpoint_layers=True)
+    for each in batches:
+        yield replace(each, checkpoint_layers=True)
+    for layers in (settings.checkpoint_layers, True):
+        block = settings.block // 2
+        while block >= _LEAST_BLOCK:
+            yield replace(settings, block=block, batch_tokens=block + settings.n_tokens, checkpoint_layers=layers)
+            block //= 2
+
+
+def _options(changed: Settings, settings: Settings) -> List[str]:
+    """What is to be added to the command line for ``changed`` instead of ``settings``."""
+    numbers = [("--block", "block"), ("--batch-tokens", "batch_tokens")]
+    options = [
+        f"{option} {getattr(changed, name)}"
+        for option, name in numbers
+        if getattr(changed, name) != getattr(settings, name)
+    ]
+    return options + ["--checkpoint-layers"] * (changed.checkpoint_layers and not settings.checkpoint_layers)
 
 
 def free_memory(sharded: bool = False) -> Tuple[int, str]:
@@ -351,23 +423,65 @@ def _free_main_memory() -> int:
 def _needed(
     count: float, config: Dict[str, Any], settings: Settings, precision: str, stored: float, is_gpu: bool
 ) -> float:
-    """Bytes, roughly: the weights, what the layers keep for the backward pass, a chunk of logits."""
+    """Bytes, roughly, at the peak: the weights, what the layers keep for the backward pass, and the more of a chunk of
+    logits, with all of that kept, and of one layer's gradients.
+
+    ``count``: weights; ``stored``: bytes of each in the file.
+    """
+    config = {**config, **(config.get("text_config") or {})}
     per_weight = BYTES_PER_WEIGHT.get(precision) or (stored if is_gpu else 4.0)
-    layers, columns, inner = (
+    is_half = per_weight <= 2 and (is_gpu or precision != "4bit")  # 4 bit computes in float32 on a CPU
+    value = 2.0 if is_half else 4.0
+    layers, columns, inner, heads = (
         next((value for value in map(config.get, names) if isinstance(value, int)), None) for names in _SIZES
     )
     columns = columns or 4096
     inner = inner or 4 * columns
-    value = 2.0 if per_weight <= 2 else 4.0
-    # Measured on eight families. Of a layer's width: what enters the two norms and the attention, and comes out of it;
-    # of the width inside its feed-forward part: what enters the activation, and with a gate two more.
-    has_gate = "rms_norm_eps" in config
-    of_layer = ((8 if has_gate and value == 2.0 else 6) * columns + (3 if has_gate else 1) * inner) * value
-    tokens = settings.batch_tokens or (settings.block + settings.n_tokens if is_gpu else 1024)
-    kept = tokens * (layers or 32) * (columns * value if settings.checkpoint_layers else of_layer)
+    row = settings.block + settings.n_tokens
+    tokens = max(settings.batch_tokens or (row if is_gpu else 1024), row)  # a long text is a batch by itself
+
+    def kept(width: float) -> float:
+        return tokens * width * (_HOLES if not is_gpu and tokens * width < _HEAP_BYTES else 1.0)
+
+    of_attention, scores = _of_attention(config, columns, heads or max(1, columns // 64), value)
+    has_gate = "rms_norm_eps" in config or config.get("hidden_act") in ("silu", "swish")
+    # What enters each norm (RMSNorm works in float32) and the activation, and with a gate both sides of their product.
+    norms = 4 if str(config.get("model_type")).startswith(_FOUR_NORMS) else 2
+    of_norms = norms * kept(columns * (4.0 if "rms_norm_eps" in config else value))
+    of_inside = (3 if has_gate else 1) * kept(inner * value)
+    of_layer = of_norms + sum(map(kept, of_attention)) + of_inside + kept(scores * row)
+    # Above the layers: what enters the last norm and the head, and the gradient of that.
+    above = 3 * kept(columns * value)
+    gradients = tokens * (3 * inner * value + 2 * scores * row)
+    # The logits; of a model in half precision they are there in that, too, and so are their gradients; and with a
+    # soft cap its slope.
+    vocabulary = config.get("vocab_size")
+    values = CHUNK_VALUES + (vocabulary if isinstance(vocabulary, int) else 0)
+    chunk = values * ((8.0 if is_half else 4.0) + 4.0 * bool(config.get("final_logit_softcapping")))
+    layers = layers or 32
     if settings.checkpoint_layers:
-        kept += tokens * of_layer
-    return count * per_weight + kept + _CHUNK_BYTES
+        at_most = layers * kept(columns * value) + above + max(chunk, of_layer + gradients)
+    else:
+        at_most = layers * of_layer + above + max(chunk, gradients)
+    return count * per_weight + at_most + _LIBRARIES_BYTES
+
+
+def _of_attention(config: Dict[str, Any], columns: int, heads: int, value: float) -> Tuple[List[float], float]:
+    """Bytes that attention keeps for each token: of each tensor; and for each token that it looks at."""
+    import transformers
+
+    queries = heads * (config.get("head_dim") or columns // heads)
+    keys = queries * (config.get("num_key_value_heads") or heads) // heads
+    names = config.get("architectures") or [""]
+    is_fused = getattr(getattr(transformers, str(names[0]), None), "_supports_sdpa", False)
+    if not is_fused:
+        keys = queries  # repeated for each head
+    tensors = [queries * value, queries * value, keys * value, keys * value]
+    if str(config.get("model_type")).startswith(_NORMS_IN_ATTENTION):
+        tensors += [queries * 4.0, keys * 4.0]
+    # Without a fused operator: the probabilities, in float32, again in half precision, and before the soft cap.
+    of_score = 4.0 + (value if value < 4 else 0.0) + value * bool(config.get("attn_logit_softcapping"))
+    return tensors, 0.0 if is_fused else heads * of_score
 
 
 def _stored_bytes_per_weight(config: Dict[str, Any]) -> float:

@@ -128,13 +128,17 @@ def page(result: Result) -> str:
 
 
 def _curves(history: Sequence[Mapping[str, float]], without: Optional[float]) -> str:
-    """An SVG: the loss of each step, thin; the held-out loss, with dots; a line where it is without a soft prompt."""
+    """An SVG: the loss of each step, faint, and its mean; the held-out loss, with dots, and without a soft prompt.
+
+    Its height is for the means and the held-out loss: single steps, of easy and of hard texts, would dwarf these.
+    """
     losses = [(each["step"], each["loss"]) for each in history if "loss" in each]
     held = [(each["step"], each["held_out"]) for each in history if "held_out" in each]
     losses = _thinned(losses)
-    values = [value for _, value in losses + held] + ([without] if without is not None else [])
     if not losses:
         return "<p class=dim>No step was done.</p>"
+    means = _means(losses, -(-len(losses) // 20))
+    values = [value for _, value in means + held] + ([without] if without is not None else [])
     low, high = min(values), max(values)
     margin = (high - low) * 0.06 or 0.1
     low, high = low - margin, high + margin
@@ -144,7 +148,7 @@ def _curves(history: Sequence[Mapping[str, float]], without: Optional[float]) ->
         return _LEFT + (_WIDTH - _LEFT - 12) * step / last
 
     def y(value: float) -> float:
-        return (_HEIGHT - _BOTTOM) * (high - value) / (high - low)
+        return (_HEIGHT - _BOTTOM) * min(1.0, max(0.0, (high - value) / (high - low)))
 
     def line(points: Sequence[Tuple[float, float]]) -> str:
         return " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
@@ -164,14 +168,22 @@ def _curves(history: Sequence[Mapping[str, float]], without: Optional[float]) ->
             f'<line x1={_LEFT} x2={_WIDTH} y1={y(without):.1f} y2={y(without):.1f} stroke="var(--dim)" '
             f'stroke-dasharray="6 4" />'
         )
-    parts.append(f'<polyline points="{line(losses)}" fill=none stroke="var(--b)" stroke-opacity=.55 />')
+    parts.append(f'<polyline points="{line(losses)}" fill=none stroke="var(--b)" stroke-opacity=.25 />')
+    parts.append(f'<polyline points="{line(means)}" fill=none stroke="var(--b)" />')
     parts.append(f'<polyline points="{line(held)}" fill=none stroke="var(--a)" stroke-width=2 />')
     parts += [f'<circle cx={x(step):.1f} cy={y(value):.1f} r=3 fill="var(--a)" />' for step, value in held]
     parts.append("</svg>")
-    legend = "<p class=dim><span style='color:var(--b)'>&#9644;</span> training "
+    legend = "<p class=dim><span style='color:var(--b)'>&#9644;</span> training, and its mean "
     legend += "<span style='color:var(--a)'>&#9679;</span> held out" if held else ""
     legend += " <span>- -</span> held out, without a soft prompt" if without is not None else ""
     return "".join(parts) + legend + "</p>"
+
+
+def _means(points: List[Tuple[float, float]], count: int) -> List[Tuple[float, float]]:
+    """At each point the mean of the last ``count``."""
+    values = [value for _, value in points]
+    parts = [values[max(0, number - count) : number] for number in range(1, len(points) + 1)]
+    return [(step, sum(part) / len(part)) for (step, _), part in zip(points, parts)]
 
 
 def _thinned(points: List[Tuple[float, float]]) -> List[Tuple[float, float]]:

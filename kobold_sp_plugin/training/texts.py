@@ -12,12 +12,14 @@ import json
 import os
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from ..errors import DataNotUnderstood, NoData
 
 DOCUMENT_END = "<|endoftext|>"
 SUFFIXES = (".txt", ".jsonl", ".json")
+_OTHER_DOCUMENTS = (".md", ".rtf", ".doc", ".docx", ".odt", ".pdf", ".epub", ".mobi", ".htm", ".html", ".csv")
+_EMPTY = "Put the texts to learn from there."
 
 _PAIRS = (("prompt", "completion"), ("call", "response"), ("key", "entry"), ("key", "content"), ("keys", "text"))
 """What a pair's two halves are called: ours, the Soft Prompt Tuner's, KoboldAI's (old and new), NovelAI's."""
@@ -50,11 +52,26 @@ def files_of(path: Path) -> List[Path]:
         return [path]
     if not path.is_dir():
         raise NoData(f"There is no file or folder {path}. {_meant(path)}")
-    found = [each for each in sorted(path.rglob("*")) if each.suffix.lower() in SUFFIXES and each.is_file()]
-    found = [each for each in found if not any(part.startswith(".") for part in each.relative_to(path).parts)]
+    found = _of_kinds(path, SUFFIXES)
     if not found:
-        raise NoData(f"There is no .txt, .jsonl or .json file in {path}. Put the texts to learn from there.")
+        raise NoData(f"There is no .txt, .jsonl or .json file in {path}. {left_out(path) or _EMPTY}")
     return found
+
+
+def left_out(path: Path) -> str:
+    """A sentence on the documents in a folder that :func:`files_of` leaves out, or "" where there are none."""
+    found = _of_kinds(path, _OTHER_DOCUMENTS) if path.is_dir() else []
+    if not found:
+        return ""
+    names = ", ".join(each.name for each in found[:3]) + ", ..." * (len(found) > 3)
+    return f"Only .txt, .jsonl and .json are read. Save these as plain text, or they are left out: {names}"
+
+
+def _of_kinds(folder: Path, suffixes: Sequence[str]) -> List[Path]:
+    """Files below ``folder`` by suffix, in order; without hidden ones, and what a training keeps in its own folder."""
+    found = [each for each in sorted(folder.rglob("*")) if each.suffix.lower() in suffixes and each.is_file()]
+    found = [each for each in found if not any(part.startswith(".") for part in each.relative_to(folder).parts)]
+    return [each for each in found if not (each.parent / "tokens.ids").exists()]
 
 
 def _meant(path: Path) -> str:

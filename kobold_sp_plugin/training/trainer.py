@@ -108,7 +108,7 @@ class Training:
         self._mid_step = False
         self._restore = frozen(model, settings.checkpoint_layers)
         try:
-            probe = torch.as_tensor(self.dataset.batch(self._pieces[:1]).ids[:, :64], device=_device_of(model))
+            probe = torch.as_tensor(self.dataset.batch(self._pieces[:1]).ids[:, :16], device=_device_of(model))
             self._parts = head_of(model, probe)
             rows = initial_rows(model, tokenizer, settings, self.dataset, start_from)
             self.rows = TrainableRows(model, rows)

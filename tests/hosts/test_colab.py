@@ -48,15 +48,23 @@ def test_from_a_folder_of_texts_to_a_soft_prompt_and_a_report(tmp_path):
     drive = tmp_path / "MyDrive"
     (drive / "dataset").mkdir(parents=True)
     texts = [f"The rain was over, and the {a} knew it. Nobody asked the {b}." for a in ("clerk", "cat") for b in "abcd"]
-    (drive / "dataset" / "a.txt").write_text("<|endoftext|>".join(texts), encoding="utf-8")
+    (drive / "dataset" / "a.txt").write_text("<|endoftext|>".join([*texts, texts[0]]), encoding="utf-8")
     softprompts = drive / "KoboldAI" / "softprompts"
-    form = {"name": "Rain", "model": "", "tokens": 4, "author": "Ada", "initial_prompt": "The rain", "epochs": 2.0}
+    form = {
+        "name": "Rain: one/two",
+        "model": "",
+        "tokens": 4,
+        "author": "Ada",
+        "initial_prompt": "The rain",
+        "epochs": 2.0,
+    }
     ran = run(tmp_path, dataset_path=str(drive / "dataset"), output_path=str(softprompts), **form)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    found = SoftPrompt.load(softprompts / "Rain.zip")
-    assert (found.name, found.author, found.n_tokens) == ("Rain", "Ada", 4)
+    found = SoftPrompt.load(softprompts / "Rain- one-two.zip")
+    assert (found.name, found.author, found.n_tokens) == ("Rain: one/two", "Ada", 4)
+    assert "twice" in ran.stdout and "with ! before it" in ran.stdout
     assert "documents" in ran.stdout and "held out" in ran.stdout
-    assert f"The report: {drive / 'KoboldAI' / 'training' / 'Rain' / 'report.html'}" in ran.stdout
+    assert f"The report: {drive / 'KoboldAI' / 'training' / 'Rain- one-two' / 'report.html'}" in ran.stdout
 
 
 def test_a_folder_that_is_not_there_is_said_with_what_is(tmp_path):

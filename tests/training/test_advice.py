@@ -92,3 +92,53 @@ def test_files_without_text_are_no_data(tmp_path):
     (tmp_path / "a.txt").write_text(" \n", encoding="utf-8")
     with pytest.raises(errors.NoData):
         advise(tmp_path)
+
+
+def test_pairs_and_messages_are_counted_and_kept_once(tmp_path):
+    pair = '{"prompt": "Rain", "completion": "It rained."}'
+    chat = '{"messages": [{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": "Rain."}]}'
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl").write_text(f"{pair}\n{chat}\n{pair}", encoding="utf-8")
+    (tmp_path / "data" / "b.json").write_text('{"entries": [{"key": "Aria", "content": "An elf."}]}', encoding="utf-8")
+    found = advise(tmp_path / "data")
+    assert found.documents == 4
+    assert "duplicate" in kinds(tmp_path / "data")
+    clean(tmp_path / "data", tmp_path / "clean")
+    assert (tmp_path / "clean" / "a.jsonl").read_text(encoding="utf-8") == f"{pair}\n{chat}"
+    assert (advise(tmp_path / "clean").documents, kinds(tmp_path / "clean")) == (3, {"size"})
+    (tmp_path / "data" / "a.jsonl").write_text("{", encoding="utf-8")
+    with pytest.raises(errors.DataNotUnderstood, match=r"a\.jsonl, line 1"):
+        advise(tmp_path / "data")
+
+
+def test_documents_of_another_kind_are_told(tmp_path):
+    (tmp_path / "a.docx").write_bytes(b"PK")
+    with pytest.raises(errors.NoData, match=r"plain text.*a\.docx"):
+        advise(tmp_path)
+    (tmp_path / "a.txt").write_text(PARAGRAPH, encoding="utf-8")
+    assert [remark.sentence for remark in advise(tmp_path).remarks if "a.docx" in remark.sentence]
+
+
+def test_one_file_of_another_name_is_a_text_and_its_copy_is_found_again(tmp_path):
+    (tmp_path / "a.md").write_text("One.<|endoftext|>One.", encoding="utf-8")
+    clean(tmp_path / "a.md", tmp_path / "clean")
+    assert advise(tmp_path / "clean").documents == 1
+
+
+def test_a_copy_that_cannot_be_finished_is_not_there(tmp_path, monkeypatch):
+    from kobold_sp_plugin.training import advice
+
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name, encoding="utf-8")
+    whole = advice.write_file
+
+    def full(path, data):
+        if path.endswith("b.txt"):
+            raise OSError(28, "No space left on device")
+        whole(path, data)
+
+    monkeypatch.setattr(advice, "write_file", full)
+    with pytest.raises(OSError):
+        clean(tmp_path, tmp_path / "clean")
+    monkeypatch.undo()
+    assert len(clean(tmp_path, tmp_path / "clean")) == 2

@@ -17,7 +17,7 @@ def made(softcap=None, scale=1.0, bias=False, dtype=torch.float64):
 @pytest.mark.parametrize("per_chunk", [1, 7, 1000])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_loss_and_gradient_are_those_of_the_whole_at_once(monkeypatch, options, per_chunk, dtype):
-    monkeypatch.setattr("kobold_sp_plugin.training.loss._CHUNK_VALUES", 50 * per_chunk)
+    monkeypatch.setattr("kobold_sp_plugin.training.loss.CHUNK_VALUES", 50 * per_chunk)
     head = made(**options, dtype=dtype)
     hidden = torch.randn(20, 8, dtype=dtype, requires_grad=True)
     wanted = torch.randint(0, 50, (20,))

@@ -67,6 +67,15 @@ def test_the_curve_ends_where_the_loss_does():
     assert len(heights) == 10 and heights == sorted(heights)
 
 
+def test_one_hard_batch_does_not_flatten_the_held_out_curve():
+    found = result(steps=100)
+    found.history[50]["loss"] = 40.0
+    held = re.findall(r"<circle cx=[\d.]+ cy=([\d.]+)", page(found))
+    spread = max(map(float, held)) - min(map(float, held))
+    heights = [float(each) for each in re.findall(r'cy=([\d.]+)|,([\d.]+)[ "]', page(found)) for each in each if each]
+    assert spread > 15 and max(heights) <= 260
+
+
 @pytest.mark.parametrize(
     "without, after, sentence, helps",
     [(2.0, 1.5, "helps: ", True), (2.0, 2.5, "does not help: ", False), (None, None, "Nothing was held out", None)],

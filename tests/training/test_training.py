@@ -185,8 +185,14 @@ def test_rows_begin_as_what_is_asked_for(tokenizer, tmp_path):
         assert all(len(each) == 1 for each in found)
         return [int(each[0]) for each in found]
 
-    words = tokenizer("rain", add_special_tokens=False).input_ids
-    assert ids(initial="words", initial_text="rain", n_tokens=7) == np.resize(words, 7).tolist()
+    rows = initial_rows(model, tokenizer, settings(initial="words", initial_text="the rain, lamp", n_tokens=5), dataset)
+    for row, word in zip(rows, (" the rain", " lamp")):
+        assert np.allclose(row, matrix[tokenizer(word, add_special_tokens=False).input_ids].mean(axis=0))
+    assert (matrix[:, None] == rows[2:]).all(axis=2).any(axis=0).all()  # the others are rows of the matrix
+    assert len({row.tobytes() for row in rows[2:]}) > 1
+    assert (
+        len(initial_rows(model, tokenizer, settings(initial="words", initial_text="a b c", n_tokens=2), dataset)) == 2
+    )
     assert ids(initial_text="The rain came in") == tokenizer("The rain came in", add_special_tokens=False).input_ids[:4]
     assert tokenizer.decode(ids(n_tokens=8)) in " ".join(TEXTS)
     sampled = [ids(initial="vocabulary", seed=seed, n_tokens=8) for seed in (0, 0, 1)]
@@ -298,6 +304,24 @@ class TestDataset:
         again = train(tiny_model(FAMILY), tokenizer, tmp_path / "a.txt", settings(steps=1), tmp_path / "work")
         assert again.rows.tobytes() == whole.rows.tobytes()
 
+    def test_a_book_is_tokenised_in_pieces_and_is_whole(self, tokenizer, tmp_path, monkeypatch):
+        from kobold_sp_plugin.training import dataset
+
+        monkeypatch.setattr(dataset, "_AT_ONCE", 40)
+        given = []
+
+        def noted(text, **options):
+            given.append(text)
+            return tokenizer(text, **options)
+
+        noted.eos_token_id = None
+        for text in ("The door opened.\n" * 20, "The door opened and " * 20, "x\n" + "y" * 90 + "\nz", "rain"):
+            given.clear()
+            ids, learned = dataset._tokens(next(documents(text)), noted, "\n")
+            assert "".join(given) == text.strip("\n") and max(map(len, given)) <= 40
+            assert len(ids) == len(learned) and all(learned)
+        assert tokenizer.decode(ids) == "rain"
+
     def test_half_of_a_character_is_no_trouble(self, tokenizer, tmp_path):
         (tmp_path / "a.jsonl").write_text('{"text": "The door \\ud83d opened."}', encoding="utf-8")
         dataset = Dataset.write(passages(tmp_path / "a.jsonl"), tokenizer, tmp_path, 32)
@@ -319,6 +343,12 @@ class TestDataset:
 def test_a_setting_that_cannot_be_is_named(name, value):
     with pytest.raises(errors.BadSetting, match=name):
         settings(**{name: value})
+
+
+@pytest.mark.parametrize("initial, text, why", [("words", " ", "there are none"), ("vocabulary", "Rain.", "no part")])
+def test_settings_that_contradict_each_other_are_named(initial, text, why):
+    with pytest.raises(errors.BadSetting, match=why):
+        settings(initial=initial, initial_text=text)
 
 
 def test_of_little_data_batches_are_small_and_of_much_no_larger_than_helps(tokenizer, tmp_path):
