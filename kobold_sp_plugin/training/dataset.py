@@ -4,6 +4,7 @@ A piece is one document, or a part of one: documents never share a row, so that 
 pieces of like length, so that little is padding.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -46,7 +47,8 @@ class Dataset:
         self.n_tokens: int = about["n_tokens"]
         self._ids = np.memmap(folder / "tokens.ids", dtype=about["dtype"], mode="r", shape=(self.n_tokens,))
         self._learned = np.memmap(folder / "tokens.learned", dtype=np.bool_, mode="r", shape=(self.n_tokens,))
-        self._cuts = np.asarray(about["cuts"], dtype=np.int64)
+        cuts = np.asarray(about["cuts"], dtype=np.int64)
+        self._starts, self._stops = cuts[:-1], cuts[1:]
         self._documents = np.asarray(about["documents"], dtype=np.int64)
 
     @classmethod
@@ -113,7 +115,7 @@ class Dataset:
             return False
 
     def __len__(self) -> int:
-        return len(self._cuts) - 1
+        return len(self._starts)
 
     @property
     def n_documents(self) -> int:
@@ -126,7 +128,7 @@ class Dataset:
 
     def length(self, piece: int) -> int:
         """Tokens of a piece, those before it included."""
-        return len(self.prefix) + int(self._cuts[piece + 1] - self._cuts[piece])
+        return len(self.prefix) + int(self._stops[piece] - self._starts[piece])
 
     def batch(self, pieces: Sequence[int]) -> Batch:
         """The batch of these pieces."""
@@ -135,7 +137,7 @@ class Dataset:
         labels = np.full((len(pieces), longest), IGNORED, dtype=np.int64)
         ids[:, : len(self.prefix)] = self.prefix
         for row, piece in enumerate(pieces):
-            part = slice(self._cuts[piece], self._cuts[piece + 1])
+            part = slice(self._starts[piece], self._stops[piece])
             columns = slice(len(self.prefix), self.length(piece))
             ids[row, columns] = self._ids[part]
             labels[row, columns] = np.where(self._learned[part], ids[row, columns], IGNORED)
@@ -162,7 +164,38 @@ class Dataset:
             pieces[document in held].append(piece)
         return pieces
 
-    def batches(self, pieces: Sequence[int], most_tokens: int, extra: int, order: Any) -> Iterator[Sequence[int]]:
+    def cut_anew(self, pieces: Sequence[int], order: Any) -> "Dataset":
+        """The tokens of ``pieces`` as a data set of its own, cut at places drawn by ``order``.
+
+        What is one piece stays so; of several pieces of a document in a row the first gets any length up to that of
+        the longest piece, and the others are alike again. ``order`` is as in :meth:`batches`.
+        """
+        rng = random.Random(order)
+        room = int((self._stops - self._starts).max())
+        cut: List[Tuple[int, int, int]] = []
+        for run in self._runs(pieces):
+            start, stop, document = int(self._starts[run[0]]), int(self._stops[run[-1]]), int(self._documents[run[0]])
+            places = [start, stop]
+            if len(run) > 1:
+                second = start + rng.randint(max(1, room // 8), room)
+                parts = max(1, -(-(stop - second) // room))
+                places = [start, *(second + (stop - second) * part // parts for part in range(parts + 1))]
+            cut += [(*ends, document) for ends in zip(places, places[1:]) if self._learned[slice(*ends)].any()]
+        anew = copy.copy(self)
+        anew._starts, anew._stops, anew._documents = np.asarray(cut, dtype=np.int64).T
+        return anew
+
+    def _runs(self, pieces: Sequence[int]) -> Iterator[List[int]]:
+        """Pieces that follow one another in a document, together."""
+        run: List[int] = []
+        for piece in sorted(pieces):
+            if run and (piece != run[-1] + 1 or self.is_beginning(piece)):
+                yield run
+                run = []
+            run.append(piece)
+        yield run
+
+    def batches(self, pieces: Sequence[int], most_tokens: int, extra: int, order: Any) -> List[List[int]]:
         """Batches of pieces of like length, of at most ``most_tokens`` with padding and ``extra`` tokens a row.
 
         A piece too long for that is a batch by itself. ``order``: anything that :class:`random.Random` takes; the same
@@ -176,7 +209,7 @@ class Dataset:
                 result.append([])
             result[-1].append(piece)
         rng.shuffle(result)
-        return iter(result)
+        return result
 
 
 @contextmanager

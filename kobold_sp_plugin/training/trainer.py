@@ -7,7 +7,20 @@ import tempfile
 import time
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any, Callable, Dict, Generator, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Union
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Generator,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+)
 
 import numpy as np
 import torch
@@ -190,7 +203,7 @@ class Training:
         """Nats per learned token of what is held out, with the rows as they are, or without any."""
         total, count = 0.0, 0
         with torch.no_grad():
-            batches = list(self.dataset.batches(self._held, self.batch_tokens, self.settings.n_tokens, "held out"))
+            batches = self.dataset.batches(self._held, self.batch_tokens, self.settings.n_tokens, "held out")
             for first in range(0, len(batches), processes.count()):
                 mine = first + processes.number()
                 # Where none is left for this process it looks all the same: the others may need its part of the model.
@@ -251,13 +264,13 @@ class Training:
 
     # One step
 
-    def _one_step(self, batches: Sequence[Sequence[int]]) -> "tuple[float, int]":
+    def _one_step(self, batches: Sequence[Batch]) -> "tuple[float, int]":
         for group in self._optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * share_of_rate(self._step, self.steps, self.settings)
         self._optimizer.zero_grad(set_to_none=True)
         total, count = 0.0, 0.0
-        for pieces in batches:
-            loss, learned = self._loss(self.dataset.batch(pieces))
+        for batch in batches:
+            loss, learned = self._loss(batch)
             loss.backward()
             total += float(loss.detach())
             count += learned
@@ -318,23 +331,27 @@ class Training:
         return self.settings.evaluate_every or max(1, self.steps // 12)
 
     def _default_steps(self) -> int:
-        per_epoch = len(list(self._epoch(0)))
+        per_epoch = len(self._epoch(0)[1])
         wanted = math.ceil(self.settings.epochs * per_epoch / self._passes)
         return max(1, min(wanted, self.settings.most_steps))
 
-    def _epoch(self, number: int) -> Iterator[Sequence[int]]:
-        order = f"{self.settings.seed}:{number}"
-        return self.dataset.batches(self._pieces, self.batch_tokens, self.settings.n_tokens, order)
+    def _epoch(self, number: int) -> Tuple[Dataset, Sequence[Sequence[int]]]:
+        """What is trained on, cut anew for each epoch, and its batches.
 
-    def _batches(self, skip: int) -> Iterator[Sequence[int]]:
+        Always cut at the same places, the rows learn by heart what follows them.
+        """
+        order = f"{self.settings.seed}:{number}"
+        dataset = self.dataset.cut_anew(self._pieces, order)
+        return dataset, dataset.batches(range(len(dataset)), self.batch_tokens, self.settings.n_tokens, order)
+
+    def _batches(self, skip: int) -> Iterator[Batch]:
         """Batches without end, epoch after epoch, from the ``skip``-th on."""
         number = 0
         while True:
-            for pieces in self._epoch(number):
-                if skip:
-                    skip -= 1
-                    continue
-                yield pieces
+            dataset, batches = self._epoch(number)
+            for pieces in batches[skip:]:
+                yield dataset.batch(pieces)
+            skip = max(0, skip - len(batches))
             number += 1
 
     def _found_batch_tokens(self) -> int:

@@ -9,9 +9,9 @@ from kobold_sp_plugin import SoftPrompt, attach, errors
 from kobold_sp_plugin.compatibility.matrix import matrix_of
 from kobold_sp_plugin.softprompt import OWN_KEY, Order
 from kobold_sp_plugin.training import Settings, Training, train
-from kobold_sp_plugin.training.dataset import Dataset
+from kobold_sp_plugin.training.dataset import IGNORED, Dataset
 from kobold_sp_plugin.training.initial import initial_rows
-from kobold_sp_plugin.training.texts import documents, passages
+from kobold_sp_plugin.training.texts import Passage, documents, passages
 
 TEXTS = [f"The door opened and the rain came in. Nobody said a word; {word}." for word in "abcdefghijklmnop"]
 QUICK = Settings(n_tokens=4, steps=6, block=32, batch_tokens=200, evaluate_every=2, save_every=2, learning_rate=0.1)
@@ -168,7 +168,7 @@ def test_a_model_in_float16_gets_the_gradient_of_float32(tokenizer, tmp_path):
     gradients = []
     for dtype in (torch.float32, torch.float16):
         training = Training(tiny_model(FAMILY).to(dtype), tokenizer, TEXTS * 8, settings(batch_tokens=4000), tmp_path)
-        training._one_step([training._pieces])
+        training._one_step([training.dataset.batch(training._pieces)])
         gradients.append(training.rows.parameter.grad.flatten())
         training.close()
     assert torch.cosine_similarity(*gradients, dim=0) > 0.99
@@ -255,8 +255,6 @@ class TestDataset:
         ]
 
     def test_only_what_is_learned_has_a_label(self, tokenizer, tmp_path):
-        from kobold_sp_plugin.training.texts import Passage
-
         passage = Passage((("the rain", False), (" came in", True)), "")
         dataset = Dataset.write([passage], tokenizer, tmp_path, 64)
         batch = dataset.batch([0])
@@ -329,10 +327,37 @@ class TestDataset:
 
     def test_batches_hold_every_piece_once_and_keep_to_their_size(self, tokenizer, tmp_path):
         dataset = Dataset.write(documents("<|endoftext|>".join(TEXTS)), tokenizer, tmp_path, 16)
-        batches = list(dataset.batches(range(len(dataset)), 100, 4, "0:0"))
+        batches = dataset.batches(range(len(dataset)), 100, 4, "0:0")
         assert sorted(piece for batch in batches for piece in batch) == list(range(len(dataset)))
         assert all(len(batch) * (max(map(dataset.length, batch)) + 4) <= 100 for batch in batches)
-        assert batches != list(dataset.batches(range(len(dataset)), 100, 4, "0:1"))
+        assert batches != dataset.batches(range(len(dataset)), 100, 4, "0:1")
+
+    def test_cut_anew_the_same_tokens_are_in_other_pieces_no_longer_than_before(self, tokenizer, tmp_path):
+        dataset = Dataset.write(
+            documents("<|endoftext|>".join(["the " * 100, "a " * 60, "rain"])), tokenizer, tmp_path, 16
+        )
+
+        def texts(cut, pieces):
+            ids = [cut.batch([piece]).ids[0, len(cut.prefix) :].tolist() for piece in pieces]
+            return ["/".join(map(str, each)) for each in ids]
+
+        kept = [piece for piece in range(len(dataset)) if piece != 4]  # as a held-out piece of a book
+        wanted = texts(dataset, kept)
+        first, again, other = (dataset.cut_anew(kept, order) for order in ("0:0", "0:0", "0:1"))
+        found = [texts(cut, range(len(cut))) for cut in (first, again, other)]
+        assert found[0] == found[1] != found[2] and wanted not in found
+        for cut, pieces in zip((first, other), (found[0], found[2])):
+            assert "/".join(pieces) == "/".join(wanted)
+            assert max(map(cut.length, range(len(cut)))) <= max(map(dataset.length, range(len(dataset))))
+            assert pieces[-1] == wanted[-1], "what fits one piece stays whole"
+            assert [cut.is_beginning(piece) for piece in range(len(cut))].count(True) == 3
+
+    def test_cut_anew_no_piece_is_without_anything_to_learn(self, tokenizer, tmp_path):
+        passage = Passage((("the " * 60, False), ("a " * 20, True)), "")
+        dataset = Dataset.write([passage], tokenizer, tmp_path, 16)
+        for order in range(20):
+            cut = dataset.cut_anew(range(len(dataset)), order)
+            assert all((cut.batch([piece]).labels != IGNORED).any() for piece in range(len(cut)))
 
     def test_without_a_text_there_is_a_clear_error(self, tokenizer, tmp_path):
         with pytest.raises(errors.NoData, match="every document in it is empty"):
