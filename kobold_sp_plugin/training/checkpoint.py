@@ -11,6 +11,8 @@ from ..errors import CheckpointMismatch
 from ..formats.writing import replacing
 
 FILENAME = "checkpoint.npz"
+FORMAT = 2
+"""Of what a step reads and does, where no setting says it: 1 until 0.4.0, when every epoch was cut alike."""
 
 
 class Checkpoint(NamedTuple):
@@ -69,6 +71,11 @@ def load(folder: Path, about: Dict[str, Any]) -> Optional[Checkpoint]:
         checkpoint = Checkpoint(**rest, **arrays, parameters=parameters, optimizer=optimizer)
     except Exception as error:  # whatever a damaged file makes of NumPy, zipfile and JSON
         raise CheckpointMismatch(f"{path} is damaged ({error}). Move it away to train from the beginning.") from error
+    if checkpoint.about.get("format", 1) != about.get("format", 1):
+        raise CheckpointMismatch(
+            f"{path} is of a training that another version of kobold_sp_plugin began, and this one goes other steps. "
+            "Give the training another name, or move the file away to train from the beginning."
+        )
     differing = sorted(key for key in {*about, *checkpoint.about} if about.get(key) != checkpoint.about.get(key))
     if differing:
         raise CheckpointMismatch(

@@ -50,6 +50,8 @@ class Dataset:
         cuts = np.asarray(about["cuts"], dtype=np.int64)
         self._starts, self._stops = cuts[:-1], cuts[1:]
         self._documents = np.asarray(about["documents"], dtype=np.int64)
+        self._runs = np.asarray(about["runs"], dtype=np.int64)
+        """For each piece the number of its run: pieces of a document that nothing was left out between."""
 
     @classmethod
     def write(
@@ -75,17 +77,19 @@ class Dataset:
         room = max(1, block - len(prefix))
         dtype = np.dtype("<u2" if len(tokenizer) <= 2**16 else "<u4")
         digest = hashlib.sha256(repr((prefix, room)).encode())
-        cuts, documents, count = [0], [], 0
+        cuts, documents, runs, run, count = [0], [], [], 0, 0
         with _whole(folder / "tokens.ids") as ids_file, _whole(folder / "tokens.learned") as learned_file:
             for number, passage in enumerate(passages):
                 ids, learned = _tokens(passage, tokenizer, newline)
                 if not any(learned):
                     continue
+                run += 1
                 # Parts of one length: cut at every block, the last one would be a few words out of nowhere.
                 parts = -(-len(ids) // room)
                 for number_of_part in range(parts):
                     part = slice(len(ids) * number_of_part // parts, len(ids) * (number_of_part + 1) // parts)
                     if not any(learned[part]):
+                        run += 1
                         continue
                     for file, values in (
                         (ids_file, np.asarray(ids[part], dtype=dtype).tobytes()),
@@ -96,11 +100,13 @@ class Dataset:
                     count += part.stop - part.start
                     cuts.append(count)
                     documents.append(number)
+                    runs.append(run)
         if not count:
             raise NoData("The data holds nothing to learn from: every document in it is empty.")
         digest.update(np.asarray(cuts, dtype="<i8").tobytes())
-        about = {"dtype": dtype.str, "n_tokens": count, "prefix": list(prefix), "cuts": cuts, "documents": documents}
-        content = json.dumps({**about, "digest": digest.hexdigest(), "source": source})
+        about = {"dtype": dtype.str, "n_tokens": count, "prefix": list(prefix)}
+        about.update(cuts=cuts, documents=documents, runs=runs, digest=digest.hexdigest(), source=source)
+        content = json.dumps(about)
         write_file(str(folder / "tokens.json"), content.encode("utf-8"))
         return cls(folder)
 
@@ -152,7 +158,7 @@ class Dataset:
         if not share or len(self) < 2:
             return list(range(len(self))), []
         share = min(share, most_tokens / self.n_tokens)
-        if share * len(documents) < 0.5:
+        if share * len(documents) < 0.5 or len(documents) == 1:
             parts = [np.flatnonzero(self._documents == document).tolist() for document in documents]
             last = sorted(piece for part in parts for piece in part[len(part) - round(share * len(part)) :])
             last = last or [len(self) - 1]
@@ -167,33 +173,27 @@ class Dataset:
     def cut_anew(self, pieces: Sequence[int], order: Any) -> "Dataset":
         """The tokens of ``pieces`` as a data set of its own, cut at places drawn by ``order``.
 
-        What is one piece stays so; of several pieces of a document in a row the first gets any length up to that of
-        the longest piece, and the others are alike again. ``order`` is as in :meth:`batches`.
+        What is one piece stays so; of several pieces of a document in a row the first gets any length from an eighth
+        of the longest piece up to all of it, and the others are alike again. ``order`` is as in :meth:`batches`.
         """
         rng = random.Random(order)
-        room = int((self._stops - self._starts).max())
-        cut: List[Tuple[int, int, int]] = []
-        for run in self._runs(pieces):
-            start, stop, document = int(self._starts[run[0]]), int(self._stops[run[-1]]), int(self._documents[run[0]])
+        ordered = np.sort(np.asarray(pieces))
+        room = int((self._stops - self._starts)[ordered].max())
+        follows = (np.diff(ordered) == 1) & (np.diff(self._runs[ordered]) == 0)
+        cut: List[Tuple[int, int, int, int]] = []
+        for together in np.split(ordered, np.flatnonzero(~follows) + 1):
+            first, start, stop = together[0], int(self._starts[together[0]]), int(self._stops[together[-1]])
             places = [start, stop]
-            if len(run) > 1:
-                second = start + rng.randint(max(1, room // 8), room)
-                parts = max(1, -(-(stop - second) // room))
+            if len(together) > 1:
+                least = max(1, room // 8)  # fewer tokens would be a few words out of nowhere
+                second = start + rng.randint(least, min(room, stop - start - least))
+                parts = -(-(stop - second) // room)
                 places = [start, *(second + (stop - second) * part // parts for part in range(parts + 1))]
-            cut += [(*ends, document) for ends in zip(places, places[1:]) if self._learned[slice(*ends)].any()]
+            about = int(self._documents[first]), int(self._runs[first])
+            cut += [(*ends, *about) for ends in zip(places, places[1:]) if self._learned[slice(*ends)].any()]
         anew = copy.copy(self)
-        anew._starts, anew._stops, anew._documents = np.asarray(cut, dtype=np.int64).T
+        anew._starts, anew._stops, anew._documents, anew._runs = np.asarray(cut, dtype=np.int64).T
         return anew
-
-    def _runs(self, pieces: Sequence[int]) -> Iterator[List[int]]:
-        """Pieces that follow one another in a document, together."""
-        run: List[int] = []
-        for piece in sorted(pieces):
-            if run and (piece != run[-1] + 1 or self.is_beginning(piece)):
-                yield run
-                run = []
-            run.append(piece)
-        yield run
 
     def batches(self, pieces: Sequence[int], most_tokens: int, extra: int, order: Any) -> List[List[int]]:
         """Batches of pieces of like length, of at most ``most_tokens`` with padding and ``extra`` tokens a row.

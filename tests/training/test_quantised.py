@@ -34,7 +34,7 @@ def gradient(model, tokenizer, folder):
     """Of the first step; held-out texts have been looked at before, as in every training."""
     training = Training(model, tokenizer, TEXTS, SETTINGS, folder)
     training.held_out_loss()
-    training._one_step([training._pieces])
+    training._one_step([(training.dataset, training._pieces)])
     training.close()
     return training.rows.parameter.grad.flatten()
 

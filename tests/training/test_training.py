@@ -8,7 +8,7 @@ from models import FAMILIES, FAMILY, softprompt, tiny_model, tiny_tokenizer
 from kobold_sp_plugin import SoftPrompt, attach, errors
 from kobold_sp_plugin.compatibility.matrix import matrix_of
 from kobold_sp_plugin.softprompt import OWN_KEY, Order
-from kobold_sp_plugin.training import Settings, Training, train
+from kobold_sp_plugin.training import Settings, Training, checkpoint, train
 from kobold_sp_plugin.training.dataset import IGNORED, Dataset
 from kobold_sp_plugin.training.initial import initial_rows
 from kobold_sp_plugin.training.texts import Passage, documents, passages
@@ -93,12 +93,15 @@ def test_an_interrupted_training_resumes_to_the_same_rows(tokenizer, tmp_path, o
     assert resumed.metadata == wanted.metadata
 
 
-def test_a_checkpoint_of_another_training_is_refused(tokenizer, tmp_path):
+def test_a_checkpoint_of_another_training_is_refused(tokenizer, tmp_path, monkeypatch):
     train(tiny_model(FAMILY), tokenizer, TEXTS, QUICK, tmp_path)
     with pytest.raises(errors.CheckpointMismatch, match=r"learning_rate was 0\.1, is 0\.2"):
         train(tiny_model(FAMILY), tokenizer, TEXTS, settings(learning_rate=0.2), tmp_path)
     with pytest.raises(errors.CheckpointMismatch, match="data"):
         train(tiny_model(FAMILY), tokenizer, TEXTS[1:], QUICK, tmp_path)
+    with monkeypatch.context() as other, pytest.raises(errors.CheckpointMismatch, match="another version"):
+        other.setattr(checkpoint, "FORMAT", 1)
+        train(tiny_model(FAMILY), tokenizer, TEXTS, QUICK, tmp_path)
     (tmp_path / "checkpoint.npz").write_bytes(b"PK")
     with pytest.raises(errors.CheckpointMismatch, match="damaged"):
         train(tiny_model(FAMILY), tokenizer, TEXTS, QUICK, tmp_path)
@@ -168,7 +171,7 @@ def test_a_model_in_float16_gets_the_gradient_of_float32(tokenizer, tmp_path):
     gradients = []
     for dtype in (torch.float32, torch.float16):
         training = Training(tiny_model(FAMILY).to(dtype), tokenizer, TEXTS * 8, settings(batch_tokens=4000), tmp_path)
-        training._one_step([training.dataset.batch(training._pieces)])
+        training._one_step([(training.dataset, training._pieces)])
         gradients.append(training.rows.parameter.grad.flatten())
         training.close()
     assert torch.cosine_similarity(*gradients, dim=0) > 0.99
@@ -351,6 +354,34 @@ class TestDataset:
             assert max(map(cut.length, range(len(cut)))) <= max(map(dataset.length, range(len(dataset))))
             assert pieces[-1] == wanted[-1], "what fits one piece stays whole"
             assert [cut.is_beginning(piece) for piece in range(len(cut))].count(True) == 3
+
+    def test_cut_anew_nothing_is_joined_that_was_apart(self, tokenizer, tmp_path):
+        """What is not learned is left out where it fills a piece; what stands before it and after it do not meet."""
+        parts = (("a " * 22, True), ("the " * 64, False), ("rain " * 32, True))
+        dataset = Dataset.write([Passage(parts, "")], tokenizer, tmp_path, 16)
+        for order in range(20):
+            cut = dataset.cut_anew(range(len(dataset)), order)
+            texts = [tokenizer.decode(cut.batch([piece]).ids[0]) for piece in range(len(cut))]
+            assert not any("a a" in text and "rain" in text for text in texts)
+
+    def test_cut_anew_no_piece_is_a_few_words_out_of_nowhere(self, tokenizer, tmp_path):
+        dataset = Dataset.write(
+            documents("the " * 65),
+            tokenizer,
+            tmp_path,
+            64 + len(Dataset.write(documents("a"), tokenizer, tmp_path / "a", 64).prefix),
+        )
+        for order in range(100):
+            cut = dataset.cut_anew(range(len(dataset)), order)
+            assert (
+                min(map(cut.length, range(len(cut))))
+                >= len(cut.prefix) + max(map(dataset.length, range(len(dataset)))) // 8
+            )
+
+    def test_one_document_is_not_held_out_whole(self, tokenizer, tmp_path):
+        dataset = Dataset.write(documents("the " * 60), tokenizer, tmp_path, 16)
+        kept, held = dataset.split(0.5, 0)
+        assert kept and held
 
     def test_cut_anew_no_piece_is_without_anything_to_learn(self, tokenizer, tmp_path):
         passage = Passage((("the " * 60, False), ("a " * 20, True)), "")
