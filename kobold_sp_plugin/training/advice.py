@@ -122,11 +122,13 @@ def clean(path: Path, target: Path) -> List[Path]:
             name = file.name if path.is_file() else str(file.relative_to(path))
             copy = target / (name if suffix in SUFFIXES else f"{name}.txt")
             copy.parent.mkdir(parents=True, exist_ok=True)
-            write_file(str(copy), content.encode("utf-8", errors="replace"))
             written.append(copy)
+            write_file(str(copy), content.encode("utf-8", errors="replace"))
     except BaseException:  # half of the texts would pass for all of them
         for copy in written:
-            copy.unlink()
+            copy.unlink(missing_ok=True)
+        for folder in sorted(target.rglob("*"), reverse=True):  # what is in a folder comes before it
+            folder.rmdir()
         raise
     return written
 
