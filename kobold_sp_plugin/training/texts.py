@@ -18,7 +18,8 @@ from ..errors import DataNotUnderstood, NoData
 
 DOCUMENT_END = "<|endoftext|>"
 SUFFIXES = (".txt", ".jsonl", ".json")
-_OTHER_DOCUMENTS = (".md", ".rtf", ".doc", ".docx", ".odt", ".pdf", ".epub", ".mobi", ".htm", ".html", ".csv")
+_NO_PLAIN_TEXT = (".rtf", ".doc", ".docx", ".odt", ".pdf", ".epub", ".mobi")
+_OTHER_DOCUMENTS = (*_NO_PLAIN_TEXT, ".md", ".htm", ".html", ".csv")
 _EMPTY = "Put the texts to learn from there."
 
 _PAIRS = (("prompt", "completion"), ("call", "response"), ("key", "entry"), ("key", "content"), ("keys", "text"))
@@ -49,6 +50,8 @@ class Decoded(NamedTuple):
 def files_of(path: Path) -> List[Path]:
     """The files of text at ``path``, a file or a folder, in order; hidden ones are left out. Raises :class:`NoData`."""
     if path.is_file():
+        if path.suffix.lower() in _NO_PLAIN_TEXT:
+            raise NoData(f"{path.name} is no plain text. Open it where it was written, and save it as plain text, .txt.")
         return [path]
     if not path.is_dir():
         raise NoData(f"There is no file or folder {path}. {_meant(path)}")

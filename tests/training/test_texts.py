@@ -104,6 +104,14 @@ def test_what_is_not_understood_is_named_with_its_line(tmp_path, name, content, 
         of(tmp_path, Template())
 
 
+def test_a_document_of_a_word_processor_is_not_taken_for_text(tmp_path):
+    (tmp_path / "a.DOCX").write_bytes(b"PK\x03\x04\xfe\xff")
+    (tmp_path / "a.md").write_text("one", encoding="utf-8")
+    with pytest.raises(errors.NoData, match=r"a\.DOCX .* save it as plain text"):
+        of(tmp_path / "a.DOCX")
+    assert [learned(parts) for _, parts in of(tmp_path / "a.md")] == ["one"]
+
+
 def test_a_missing_or_empty_folder_is_named(tmp_path):
     with pytest.raises(errors.NoData, match="no file or folder"):
         of(tmp_path / "missing")
