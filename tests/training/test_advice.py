@@ -116,7 +116,8 @@ def test_documents_of_another_kind_are_told(tmp_path):
     with pytest.raises(errors.NoData, match=r"plain text.*a\.docx"):
         advise(tmp_path)
     (tmp_path / "a.txt").write_text(PARAGRAPH, encoding="utf-8")
-    assert [remark.sentence for remark in advise(tmp_path).remarks if "a.docx" in remark.sentence]
+    (tmp_path / "b.md").write_text("two", encoding="utf-8")
+    assert [remark.times for remark in advise(tmp_path).remarks if "a.docx, b.md" in remark.sentence] == [2]
 
 
 def test_one_file_of_another_name_is_a_text_and_its_copy_is_found_again(tmp_path):
