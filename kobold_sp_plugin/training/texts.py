@@ -53,7 +53,7 @@ def files_of(path: Path) -> List[Path]:
     """The files of text at ``path``, a file or a folder, in order; hidden ones are left out. Raises :class:`NoData`."""
     if path.is_file():
         if path.suffix.lower() in _NO_PLAIN_TEXT:
-            raise NoData(f"{path.name} is no plain text. Open it where it was written, and save it as plain text, .txt.")
+            raise NoData(f"{path.name} is no plain text. Open it, and save it as plain text (.txt).")
         return [path]
     if not path.is_dir():
         raise NoData(f"There is no file or folder {path}. {_meant(path)}")
