@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
 
 from ..errors import NoData
 from ..formats.writing import write_file
-from .texts import DOCUMENT_END, SUFFIXES, decoded, files_of, in_order, left_out, passages
+from .texts import DOCUMENT_END, SUFFIXES, decoded, files_of, in_order, left_out, other_documents, passages
 
 ADVISED_BYTES = 8_000_000
 """The guide's advice: at least 8 MB of text; less gives a soft prompt that knows little but its opening."""
@@ -81,7 +81,7 @@ def advise(path: Path) -> Advice:
     remarks = [*_of_size(n_bytes)]
     others = left_out(path)
     if others:
-        remarks.append(Remark("left out", 1, others, False))
+        remarks.append(Remark("left out", len(other_documents(path)), others, False))
     if found["encoding"]:
         sentence = f"{found['encoding']} files are not UTF-8; their encoding was guessed ({examples['encoding']})"
         remarks.append(Remark("encoding", found["encoding"], sentence, True))
@@ -122,11 +122,13 @@ def clean(path: Path, target: Path) -> List[Path]:
             name = file.name if path.is_file() else str(file.relative_to(path))
             copy = target / (name if suffix in SUFFIXES else f"{name}.txt")
             copy.parent.mkdir(parents=True, exist_ok=True)
-            write_file(str(copy), content.encode("utf-8", errors="replace"))
             written.append(copy)
+            write_file(str(copy), content.encode("utf-8", errors="replace"))
     except BaseException:  # half of the texts would pass for all of them
         for copy in written:
-            copy.unlink()
+            copy.unlink(missing_ok=True)
+        for folder in sorted(target.rglob("*"), reverse=True):  # what is in a folder comes before it
+            folder.rmdir()
         raise
     return written
 

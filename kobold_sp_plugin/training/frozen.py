@@ -69,7 +69,8 @@ def _recomputed(original: Any, *args: Any, **kwargs: Any) -> Any:
         return original(*args, **kwargs)
 
     def layer(*values: Any) -> Any:  # once forward, and again for the backward pass
-        if any(isinstance(value, torch.Tensor) and value.device.type == "cpu" for value in values):
+        given = (*values, *kwargs.values())  # some models pass the hidden states by keyword
+        if any(isinstance(value, torch.Tensor) and value.device.type == "cpu" for value in given):
             _give_back_holes()
         return original(*values, **kwargs)
 

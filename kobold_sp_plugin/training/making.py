@@ -90,9 +90,13 @@ def make(
 
 
 def _put(softprompt: SoftPrompt, output: Path, work: Path) -> None:
-    """Write the zip in ``work`` and move it: a process that is killed leaves nothing in a folder of soft prompts."""
+    """Write the zip in ``work`` and move it: a process that is killed leaves nothing in a folder of soft prompts.
+
+    But where that folder is on another disk, nothing can be moved there in one step: the zip is written there, and a
+    process that is killed meanwhile may leave a hidden file beside it.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
-    written = work / f"softprompt{output.suffix}"
+    written = work / "softprompt.zip"
     formats.save(softprompt, written)
     try:
         os.replace(written, output)

@@ -10,7 +10,8 @@ from ..errors import AlreadyRunning
 from .checkpoint import FILENAME
 
 LOCK = "lock"
-_VERSION = re.compile(r"(.+[ _.-]v)(\d{1,9})")
+_VERSION = re.compile(r"(.+[\W_]v)(\d{1,9})(\W*)", re.I)
+"""Wide enough that a name and the file's name that :func:`filename` makes of it are of one version."""
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{kind}{number}" for kind in ("com", "lpt") for number in range(1, 10))}
 
 
@@ -47,18 +48,21 @@ def places(wanted: Path) -> Places:
     number = 1
     while True:
         stem = of_version(wanted.stem, number, "-v")
-        output = folder / f"{stem}{wanted.suffix or '.zip'}"
+        output = folder / f"{stem}{wanted.suffix}"
         if not os.path.lexists(output):
             return Places(output, beside / "training" / stem, number)
         number += 1
 
 
 def of_version(text: str, number: int, mark: str) -> str:
-    """``text`` for the ``number``-th version: "Noir", "Noir-v2" ...; of a "Noir v3", "Noir v4" is the second."""
+    """``text`` for the ``number``-th version: "Noir", "Noir-v2" ...; of a "Noir v3", "Noir v4" is the second.
+
+    So it is for a ``text`` and for the :func:`filename` of it.
+    """
     if number == 1:
         return text
     own = _VERSION.fullmatch(text)
-    return f"{own[1]}{int(own[2]) + number - 1}" if own else f"{text}{mark}{number}"
+    return f"{own[1]}{int(own[2]) + number - 1}{own[3]}" if own else f"{text}{mark}{number}"
 
 
 @contextmanager

@@ -18,7 +18,10 @@ from ..errors import DataNotUnderstood, NoData
 
 DOCUMENT_END = "<|endoftext|>"
 SUFFIXES = (".txt", ".jsonl", ".json")
-_OTHER_DOCUMENTS = (".md", ".rtf", ".doc", ".docx", ".odt", ".pdf", ".epub", ".mobi", ".htm", ".html", ".csv")
+_NO_PLAIN_TEXT = (".rtf", ".doc", ".docx", ".odt", ".pdf", ".epub", ".mobi")
+_OTHER_DOCUMENTS = (*_NO_PLAIN_TEXT, ".md", ".htm", ".html", ".csv")
+_OF_TRAININGS = ("tokens.json", "report.html")
+"""What a training writes into its own folder that :data:`SUFFIXES` or :data:`_OTHER_DOCUMENTS` would take for texts."""
 _EMPTY = "Put the texts to learn from there."
 
 _PAIRS = (("prompt", "completion"), ("call", "response"), ("key", "entry"), ("key", "content"), ("keys", "text"))
@@ -49,6 +52,8 @@ class Decoded(NamedTuple):
 def files_of(path: Path) -> List[Path]:
     """The files of text at ``path``, a file or a folder, in order; hidden ones are left out. Raises :class:`NoData`."""
     if path.is_file():
+        if path.suffix.lower() in _NO_PLAIN_TEXT:
+            raise NoData(f"{path.name} is no plain text. Open it, and save it as plain text (.txt).")
         return [path]
     if not path.is_dir():
         raise NoData(f"There is no file or folder {path}. {_meant(path)}")
@@ -58,9 +63,14 @@ def files_of(path: Path) -> List[Path]:
     return found
 
 
+def other_documents(path: Path) -> List[Path]:
+    """The documents in a folder that :func:`files_of` leaves out, in order; none beside a single file."""
+    return _of_kinds(path, _OTHER_DOCUMENTS) if path.is_dir() else []
+
+
 def left_out(path: Path) -> str:
-    """A sentence on the documents in a folder that :func:`files_of` leaves out, or "" where there are none."""
-    found = _of_kinds(path, _OTHER_DOCUMENTS) if path.is_dir() else []
+    """A sentence on the :func:`other_documents`, or "" where there are none."""
+    found = other_documents(path)
     if not found:
         return ""
     names = ", ".join(each.name for each in found[:3]) + ", ..." * (len(found) > 3)
@@ -68,10 +78,10 @@ def left_out(path: Path) -> str:
 
 
 def _of_kinds(folder: Path, suffixes: Sequence[str]) -> List[Path]:
-    """Files below ``folder`` by suffix, in order; without hidden ones, and what a training keeps in its own folder."""
+    """Files below ``folder`` by suffix, in order; without hidden ones, and what a training wrote into its folder."""
     found = [each for each in sorted(folder.rglob("*")) if each.suffix.lower() in suffixes and each.is_file()]
     found = [each for each in found if not any(part.startswith(".") for part in each.relative_to(folder).parts)]
-    return [each for each in found if not (each.parent / "tokens.ids").exists()]
+    return [each for each in found if each.name not in _OF_TRAININGS or not (each.parent / "tokens.ids").exists()]
 
 
 def _meant(path: Path) -> str:

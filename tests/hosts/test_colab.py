@@ -42,6 +42,18 @@ def test_it_holds_no_outputs():
     assert all(not cell.get("outputs") and cell.get("execution_count") is None for cell in CELLS)
 
 
+@pytest.mark.parametrize("start_from, passed", [("", {"--tokens", "--initial-text"}), ("old.zip", {"--from"})])
+def test_where_a_training_goes_on_from_a_soft_prompt_that_says_what_the_rows_begin_as(tmp_path, start_from, passed):
+    (form,) = (cell for cell in CELLS if "parameters" in cell["metadata"].get("tags", ()))
+    (train,) = (cell for cell in CELLS if "".join(cell["source"]).startswith("# @title Train "))
+    given = []
+    names = {"Path": Path, "kobold_sp": lambda *arguments: given.extend(arguments) or 0}
+    exec("".join(form["source"]), names)
+    names.update(initial_prompt="The rain", start_from=start_from, output_path=str(tmp_path))
+    exec("".join(train["source"]), names)
+    assert {"--tokens", "--initial-text", "--from"} & set(given) == passed
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(240)  # its commands each begin with an import of all that training needs
 def test_from_a_folder_of_texts_to_a_soft_prompt_and_a_report(tmp_path):

@@ -116,7 +116,8 @@ def test_documents_of_another_kind_are_told(tmp_path):
     with pytest.raises(errors.NoData, match=r"plain text.*a\.docx"):
         advise(tmp_path)
     (tmp_path / "a.txt").write_text(PARAGRAPH, encoding="utf-8")
-    assert [remark.sentence for remark in advise(tmp_path).remarks if "a.docx" in remark.sentence]
+    (tmp_path / "b.md").write_text("two", encoding="utf-8")
+    assert [remark.times for remark in advise(tmp_path).remarks if "a.docx, b.md" in remark.sentence] == [2]
 
 
 def test_one_file_of_another_name_is_a_text_and_its_copy_is_found_again(tmp_path):
@@ -128,7 +129,8 @@ def test_one_file_of_another_name_is_a_text_and_its_copy_is_found_again(tmp_path
 def test_a_copy_that_cannot_be_finished_is_not_there(tmp_path, monkeypatch):
     from kobold_sp_plugin.training import advice
 
-    for name in ("a.txt", "b.txt"):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for name in ("a/a.txt", "a/b/a.txt", "b.txt"):
         (tmp_path / name).write_text(name, encoding="utf-8")
     whole = advice.write_file
 
@@ -141,4 +143,4 @@ def test_a_copy_that_cannot_be_finished_is_not_there(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         clean(tmp_path, tmp_path / "clean")
     monkeypatch.undo()
-    assert len(clean(tmp_path, tmp_path / "clean")) == 2
+    assert len(clean(tmp_path, tmp_path / "clean")) == 3

@@ -72,8 +72,9 @@ def test_one_hard_batch_does_not_flatten_the_held_out_curve():
     found.history[50]["loss"] = 40.0
     held = re.findall(r"<circle cx=[\d.]+ cy=([\d.]+)", page(found))
     spread = max(map(float, held)) - min(map(float, held))
-    heights = [float(each) for each in re.findall(r'cy=([\d.]+)|,([\d.]+)[ "]', page(found)) for each in each if each]
-    assert spread > 15 and max(heights) <= 260
+    drawn = re.findall(r'<polyline points="([^"]*)"', page(found))
+    heights = [float(point.split(",")[1]) for line in drawn for point in line.split()]
+    assert spread > 15 and 0 <= min(heights) <= max(heights) <= 260
 
 
 @pytest.mark.parametrize(

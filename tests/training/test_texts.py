@@ -3,7 +3,7 @@ import json
 import pytest
 
 from kobold_sp_plugin import errors
-from kobold_sp_plugin.training.texts import decoded, passages
+from kobold_sp_plugin.training.texts import decoded, other_documents, passages
 
 
 class Template:
@@ -31,6 +31,15 @@ def test_a_folder_is_read_in_order_and_below_and_without_what_is_hidden(tmp_path
     (tmp_path / ".hidden.txt").write_text("no", encoding="utf-8")
     (tmp_path / "picture.png").write_bytes(b"no")
     assert [learned(parts) for _, parts in of(tmp_path)] == ["one", "two", "three"]
+
+
+def test_a_training_among_the_texts_is_no_text_and_hides_none(tmp_path):
+    (tmp_path / "tokens.json").write_text('[{"key": "Mira", "content": "mine"}]', encoding="utf-8")
+    (tmp_path / "training").mkdir()
+    for name in ("tokens.ids", "tokens.json", "report.html", "diary.txt"):
+        (tmp_path / "training" / name).write_text(name, encoding="utf-8")
+    assert [learned(parts) for _, parts in of(tmp_path)] == [" mine", "diary.txt"]
+    assert other_documents(tmp_path) == []
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
@@ -102,6 +111,14 @@ def test_what_is_not_understood_is_named_with_its_line(tmp_path, name, content, 
     (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(errors.DataNotUnderstood, match=why):
         of(tmp_path, Template())
+
+
+def test_a_document_of_a_word_processor_is_not_taken_for_text(tmp_path):
+    (tmp_path / "a.DOCX").write_bytes(b"PK\x03\x04\xfe\xff")
+    (tmp_path / "a.md").write_text("one", encoding="utf-8")
+    with pytest.raises(errors.NoData, match=r"a\.DOCX .* save it as plain text"):
+        of(tmp_path / "a.DOCX")
+    assert [learned(parts) for _, parts in of(tmp_path / "a.md")] == ["one"]
 
 
 def test_a_missing_or_empty_folder_is_named(tmp_path):
