@@ -390,10 +390,10 @@ class TestWhatIsWrong:
     def test_memory_that_does_not_suffice_is_named_with_what_would(self, here, model_folder, monkeypatch):
         from kobold_sp_plugin.training import preflight
 
-        monkeypatch.setattr(preflight, "free_memory", lambda *_: (105_000_000, "memory"))
+        monkeypatch.setattr(preflight, "free_memory", lambda *_: (60_000_000, "memory"))
         answer = train(model_folder, "--batch-tokens", 2000)
         assert answer.exit_code == 2
-        assert "memory has 105 MB left" in answer.output and "No settings would make it fit" in answer.output
+        assert "memory has 60 MB left" in answer.output and "No settings would make it fit" in answer.output
 
     def test_a_fine_tune_is_told_of_its_core_model(self, here, model_folder, tmp_path):
         folder = tmp_path / "tuned"

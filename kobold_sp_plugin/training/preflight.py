@@ -30,6 +30,8 @@ _HOLES = 1.6
 1.3 to 1.7, the more the longer a training takes."""
 _HEAP_BYTES = 2**25
 """Of a tensor of this size or more the system gets the memory back at once; such leave no holes."""
+_DOUBT = 1.25
+"""What is free may be this much less than what a training is estimated to need, and it may fit all the same."""
 _SIZES = (
     ("num_hidden_layers", "n_layer", "num_layers"),
     ("hidden_size", "n_embd", "d_model"),
@@ -334,18 +336,21 @@ def _look_at_memory(plan: Plan, config: Dict[str, Any], found: Findings) -> None
     if is_gpu and not plan.sharded and several > 1:
         would = _needed(count / several, config, plan.settings, plan.precision, stored, is_gpu)
         fitting += [(would, "--sharded, a part of the model on each GPU")] * (would <= free)
+    is_begun = plan.places.is_begun
+    advice = "Close other programs: with other settings this training cannot go on. " * is_begun
     if fitting:
-        advice = "With one of these added to the command it would fit: "
+        advice += f"With {'another --name and ' * is_begun}one of these added to the command it would fit: "
         advice += "; ".join(f"{options} ({_size(would)})" for would, options in fitting) + "."
         missing = [name for name in _PACKED if find_spec(name) is None]
         if missing and any("bit" in options for _, options in fitting):
             advice += f" 8bit and 4bit need {' and '.join(missing)}: pip install {' '.join(missing)}"
-    else:
+    elif not is_begun:
         advice = "No settings would make it fit: take a smaller model, or close other programs."
     weights = f"{count / 1e9:.2g} billion" if count >= 1e9 else f"{count / 1e6:.3g} million"
-    found.problems.append(
+    is_sure = needed > _DOUBT * free
+    (found.problems if is_sure else found.remarks).append(
         f"The {where} has {_size(free)} left; this model of {weights} weights and its training need about "
-        f"{_size(needed)}. {advice}"
+        f"{_size(needed)}{'' if is_sure else ', so it may not fit'}. {advice.strip()}"
     )
 
 
