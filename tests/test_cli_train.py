@@ -161,14 +161,19 @@ class TestTrain:
         rows = [SoftPrompt.load(each["softprompt"]).rows.tobytes() for each in found]
         assert rows[0] == rows[1]
 
-    @pytest.mark.parametrize("is_there", [True, False])
-    def test_the_output_may_be_a_folder(self, here, model_folder, is_there):
-        folder = here / "KoboldAI" / "softprompts"
+    @pytest.mark.parametrize(
+        "name, is_there", [("softprompts", True), ("softprompts", False), ("St. Petersburg", False)]
+    )
+    def test_the_output_may_be_a_folder(self, here, model_folder, name, is_there):
+        folder = here / "KoboldAI" / name
         if is_there:
             folder.mkdir(parents=True)
         answer = train(model_folder, "--output", folder, steps=1)
-        assert files_in(folder) == ["Rain.zip"], answer.output
-        assert (here / "KoboldAI" / "training" / "Rain" / "report.html").is_file()
+        is_beside = name == "softprompts"
+        found = sorted(each.name for each in folder.iterdir())
+        assert found == (["Rain.zip"] if is_beside else ["Rain.zip", "training"]), answer.output
+        beside = folder.parent if is_beside else folder
+        assert (beside / "training" / "Rain" / "report.html").is_file()
 
     def test_one_that_does_not_help_says_so_and_no_model_means_the_demonstration(self, here):
         SoftPrompt(np.random.default_rng(0).normal(size=(4, 160)).astype(np.float32)).save("noise.zip")
@@ -342,12 +347,14 @@ class TestWhatIsWrong:
             (("--block", 200), "Try --block 124"),
             (("--learning-rate", -1), "learning_rate is -1"),
             (("--initial-text", "@nowhere.txt"), "nowhere.txt"),
-            (("--output", "rain.json"), "--output rain.zip"),
+            (("--output", "mine/rain.json"), f'--output "{Path("mine/rain.zip")}"'),
             (("--from", "nowhere.zip", "--initial-text", "Rain."), "leave out --initial"),
             (("--initial", "words"), "there are none"),
         ],
     )
     def test_each_is_named(self, here, model_folder, arguments, why):
+        Path("mine").mkdir()
+        Path("mine/rain.json").touch()  # what is advised is no later version of it
         answer = train(model_folder, *arguments)
         assert answer.exit_code == 2
         assert why in answer.output

@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import re
 import signal
 import sys
 import threading
@@ -17,6 +18,8 @@ from .common import WrongUse, line
 
 _LINE_SECONDS = 10.0
 """How often a progress line is written where there is no terminal to redraw one in."""
+_FORMAT = re.compile(r"\.([a-z]\w{0,6}|safetensors)", re.IGNORECASE)
+"""What ends a file's name; a folder may be "St. Petersburg" or "Noir v1.5"."""
 _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
@@ -138,7 +141,7 @@ def _train(
     known = facts_of(path)
     context = known.context if known is not None else None
     file = f"{filename(name) or 'unnamed'}.zip"
-    if output is not None and (output.is_dir() or not output.suffix):
+    if output is not None and (output.is_dir() or not _FORMAT.fullmatch(output.suffix)):
         output = output / file
     if start_from and (initial_text or settings.get("initial")):
         raise WrongUse("--from says what the rows begin as: leave out --initial and --initial-text, or --from.")
@@ -167,6 +170,11 @@ def _train(
         raise WrongUse(line(str(error))) from error
     _quiet()
     found = look(plan)
+    if output is not None and output.suffix.lower() != ".zip":
+        found.problems.append(
+            f"The soft prompt is written as a zip, and {output.name} is named otherwise: "
+            f'--output "{output.with_suffix(".zip")}". `kobold-sp convert` makes other formats of it.'
+        )
     if found.problems:
         raise WrongUse("\n".join(["This training cannot be:", *(f"  - {line(each)}" for each in found.problems)]))
     shown.remarks(found.remarks)

@@ -136,12 +136,6 @@ def _look_at_name(plan: Plan, found: Findings) -> None:
 
 
 def _look_at_places(plan: Plan, found: Findings) -> None:
-    output = plan.places.output
-    if output.suffix.lower() != ".zip":
-        found.problems.append(
-            f"The soft prompt is written as a zip, and {output.name} is named otherwise: --output {output.stem}.zip. "
-            "`kobold-sp convert` makes other formats of it."
-        )
     for folder, what in ((plan.places.output.parent, "soft prompt"), (plan.places.work, "training")):
         there = _nearest(folder)
         if not there.is_dir():
