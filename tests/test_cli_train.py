@@ -268,6 +268,22 @@ class TestTrain:
         assert len(told) == 3
         assert files_in(here / "training") == ["Rain/lock"]
 
+    @pytest.mark.skipif(os.name == "nt", reason="signals")
+    @pytest.mark.parametrize("count", [1, 2])
+    def test_a_second_ctrl_c_is_offered_only_where_it_ends_at_once(self, monkeypatch, capsys, count):
+        from kobold_sp_plugin.cli.train import _interruptible, _Shown
+        from kobold_sp_plugin.training import processes
+
+        monkeypatch.setattr(processes, "count", lambda: count)
+        monkeypatch.setattr(processes, "number", lambda: 0)
+        shown = _Shown()
+        shown.has_begun = True
+        with _interruptible(shown) as is_stopped:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert is_stopped()
+        told = capsys.readouterr().err
+        assert "Ending after this step" in told and ("again" in told) == (count == 1)
+
     @pytest.mark.slow
     @pytest.mark.timeout(180)  # several processes, each of which imports torch
     def test_killed_at_any_moment_it_goes_on_to_the_same_rows(self, here, model_folder):

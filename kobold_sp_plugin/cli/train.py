@@ -336,7 +336,7 @@ def _answer(made: Any, resumed_at: Optional[int]) -> Dict[str, Any]:
 
 @contextmanager
 def _interruptible(shown: _Shown) -> Iterator[Callable[[], bool]]:
-    """Ctrl-C, or a request to end, lets the step end first; a second one, or one before any, does not wait.
+    """Ctrl-C, or a request to end, lets the step end first; a second one, or one before training begins, does not wait.
 
     Yields what tells.
     """
@@ -349,7 +349,7 @@ def _interruptible(shown: _Shown) -> Iterator[Callable[[], bool]]:
         if processes.count() == 1 and (stopped.is_set() or not shown.has_begun):
             raise KeyboardInterrupt
         if processes.is_first() and not stopped.is_set():
-            _tell("Ending after this step ... (again: at once)")
+            _tell("Ending after this step ..." + " (again: at once)" * (processes.count() == 1))
         stopped.set()
 
     if threading.current_thread() is not threading.main_thread():
