@@ -12,6 +12,7 @@ from ..compatibility import ModelFacts, facts
 from ..errors import FormatError, ModelError, TrainingError
 from ..softprompt import SoftPrompt
 from . import processes
+from .initial import words_of
 from .loading import BYTES_PER_WEIGHT, PRECISIONS
 from .loss import CHUNK_VALUES
 from .places import Places, filename
@@ -246,6 +247,13 @@ def _look_at_context(plan: Plan, known: Optional[ModelFacts], found: Findings) -
 
 
 def _look_at_start(plan: Plan, known: Optional[ModelFacts], found: Findings) -> None:
+    settings = plan.settings
+    words = words_of(settings.initial_text) if settings.initial == "words" else []
+    if len(words) > settings.n_tokens and not plan.places.is_begun:
+        found.remarks.append(
+            f"Words that are left out, for want of rows: the last {len(words) - settings.n_tokens} of {len(words)}. "
+            f"For all of them: --tokens {len(words)}"
+        )
     for path in plan.start_from:
         try:
             start = SoftPrompt.load(path)

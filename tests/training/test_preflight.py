@@ -5,7 +5,9 @@ import json
 import pytest
 from models import FAMILY, tiny_model, tiny_tokenizer
 
+from kobold_sp_plugin.errors import BadSetting
 from kobold_sp_plugin.training import Settings, preflight
+from kobold_sp_plugin.training.initial import words_of
 from kobold_sp_plugin.training.places import places
 from kobold_sp_plugin.training.preflight import Findings, Plan, look
 
@@ -14,7 +16,7 @@ WIDE = {"num_hidden_layers": 12, "hidden_size": 1024, "intermediate_size": 2816,
 
 @pytest.fixture
 def findings(tmp_path, monkeypatch):
-    """What is said of the memory for a model of 50 million weights, as its folder has it, in ``free`` bytes."""
+    """What is said of memory and words for a model of 50 million weights, as its folder has it, in ``free`` bytes."""
     tiny_model(FAMILY).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     config = tmp_path / "model" / "config.json"
@@ -31,9 +33,29 @@ def findings(tmp_path, monkeypatch):
             "Rain", tmp_path / "rain.txt", model, places(tmp_path / "rain.zip"), Settings(**settings), precision
         )
         found = look(plan)
-        return Findings(*([each for each in some if "memory" in each] for some in (found.problems, found.remarks)))
+        about = ("memory", "Words")
+        return Findings(
+            *([each for each in some if any(map(each.__contains__, about))] for some in (found.problems, found.remarks))
+        )
 
     return findings
+
+
+def test_words_are_parted_by_commas_and_line_ends_else_by_spaces():
+    assert (
+        words_of("the rain\ncity\r\n")
+        == words_of("the rain, city")
+        == words_of(", the rain,\ncity")
+        == ["the rain", "city"]
+    )
+    assert words_of("rain city\n") == ["rain", "city"]
+
+
+@pytest.mark.parametrize("text", ["", " , ,", ",\n,"])
+def test_no_words_are_named_as_the_command_names_them(text):
+    assert not words_of(text)
+    with pytest.raises(BadSetting, match=r"there are none: give initial_text \(--initial-text\)"):
+        Settings(initial="words", initial_text=text)
 
 
 @pytest.fixture
@@ -111,3 +133,10 @@ def test_a_training_that_is_begun_is_not_sent_to_settings_with_which_it_cannot_g
     assert "Close other programs" in problem and "With another --name and one of these" in problem
     (problem,) = told(60_000_000)
     assert problem.endswith("cannot go on.")
+
+
+def test_words_that_have_no_row_are_counted(findings):
+    words = {"initial": "words", "initial_text": "rain, city, night"}
+    assert not findings(10**11, **words, n_tokens=3).remarks
+    (remark,) = findings(10**11, **words, n_tokens=2).remarks
+    assert "the last 1 of 3" in remark and "--tokens 3" in remark
