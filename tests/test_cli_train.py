@@ -5,11 +5,13 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -322,6 +324,19 @@ class TestTrain:
         assert "Going on from step 10 of 10" in answer.stderr
         assert files_in(here / "softprompts") == ["Rain.zip"]
         assert not list(here.rglob(".*"))
+
+    def test_of_two_disks_the_full_one_is_named(self, tmp_path, monkeypatch):
+        from kobold_sp_plugin.cli.train import _full_folder
+        from kobold_sp_plugin.training.places import Places
+
+        free = {tmp_path / "work": 10**9, tmp_path / "output": 0}
+        for folder in free:
+            folder.mkdir()
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free[folder]))
+        places = Places(tmp_path / "output" / "x.zip", tmp_path / "work")
+        assert _full_folder(OSError(errno.ENOSPC, "full"), places) == tmp_path / "output"
+        error = OSError(errno.ENOSPC, "full", str(tmp_path / "other" / "x.tmp"))
+        assert _full_folder(error, places) == tmp_path / "other"
 
     def test_two_of_one_name_do_not_train_at_once(self, here, model_folder):
         from kobold_sp_plugin.training.places import alone_in

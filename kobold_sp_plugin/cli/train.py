@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -190,7 +191,7 @@ def _train(
     except (SoftPromptError, OSError) as error:
         why = line(str(error))
         if isinstance(error, OSError) and error.errno in _FULL:
-            why = f"the disk of {line(str(plan.places.work))} is full. Make room on it"
+            why = f"the disk of {line(str(_full_folder(error, plan.places)))} is full. Make room on it"
         raise WrongUse(f"Training stopped: {why}. The same command goes on from where it was.") from error
     except KeyboardInterrupt:
         shown.ended_at_once()
@@ -361,6 +362,14 @@ def _interruptible(shown: _Shown) -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _full_folder(error: OSError, places: Any) -> Path:
+    """A folder on the disk that is full: an error from writing, and not from opening, names no file."""
+    if isinstance(error.filename, str):
+        return Path(error.filename).parent
+    folders = [folder for folder in (places.work, places.output.parent) if folder.is_dir()]
+    return min(folders or [places.work], key=lambda folder: shutil.disk_usage(folder).free)
 
 
 def _settings(**given: Any) -> Any:
