@@ -34,10 +34,10 @@ _HEAP_BYTES = 2**25
 _DOUBT = 1.25
 """What is free may be this much less than what a training is estimated to need, and it may fit all the same."""
 _SIZES = (
-    ("num_hidden_layers", "n_layer", "num_layers"),
+    ("decoder_layers", "num_hidden_layers", "n_layer", "num_layers", "n_layers"),
     ("hidden_size", "n_embd", "d_model"),
-    ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"),
-    ("num_attention_heads", "n_head", "num_heads"),
+    ("intermediate_size", "decoder_ffn_dim", "ffn_dim", "n_inner", "ffn_hidden_size"),
+    ("decoder_attention_heads", "num_attention_heads", "n_head", "num_heads", "n_heads", "attention_heads"),
 )
 """What configurations call the number of layers, their width, the width inside them, and their attention heads."""
 _FOUR_NORMS = ("gemma2", "gemma3")
@@ -480,7 +480,9 @@ def _of_attention(config: Dict[str, Any], columns: int, heads: int, value: float
     queries = heads * (config.get("head_dim") or columns // heads)
     keys = queries * (config.get("num_key_value_heads") or heads) // heads
     names = config.get("architectures") or [""]
-    is_fused = getattr(getattr(transformers, str(names[0]), None), "_supports_sdpa", False)
+    # What the class can do; releases from 4.36 on need more of torch for it than they need else, and newer ones do not.
+    is_there = getattr(transformers.utils, "is_torch_sdpa_available", lambda: True)()
+    is_fused = is_there and getattr(getattr(transformers, str(names[0]), None), "_supports_sdpa", False)
     if not is_fused:
         keys = queries  # repeated for each head
     tensors = [queries * value, queries * value, keys * value, keys * value]

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import transformers
 from models import FAMILY, tiny_model, tiny_tokenizer
 
 from kobold_sp_plugin.errors import BadSetting
@@ -56,6 +57,34 @@ def test_no_words_are_named_as_the_command_names_them(text):
     assert not words_of(text)
     with pytest.raises(BadSetting, match=r"there are none: give initial_text \(--initial-text\)"):
         Settings(initial="words", initial_text=text)
+
+
+def test_attention_is_fused_only_where_this_torch_can(monkeypatch):
+    class Fused:
+        _supports_sdpa = True
+
+    monkeypatch.setattr(transformers, "FusedForCausalLM", Fused, raising=False)
+    for can in (True, False):
+        monkeypatch.setattr(transformers.utils, "is_torch_sdpa_available", lambda can=can: can, raising=False)
+        _, scores = preflight._of_attention({"architectures": ["FusedForCausalLM"]}, 1024, 16, 2.0)
+        assert (scores == 0) == can
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("n_layers", "d_model", "n_inner", "n_heads"),
+        ("num_layers", "d_model", "ffn_dim", "attention_heads"),
+        ("decoder_layers", "d_model", "decoder_ffn_dim", "decoder_attention_heads"),
+    ],
+)
+def test_sizes_are_read_by_each_name_that_families_have_for_them(names):
+    usual = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
+    one, other = (
+        preflight._needed(1e6, dict(zip(each, (3, 512, 900, 4))), Settings(), "auto", 4.0, True)
+        for each in (usual, names)
+    )
+    assert one == other
 
 
 @pytest.fixture
