@@ -172,11 +172,11 @@ def _look_at_data(plan: Plan, found: Findings) -> int:
         found.problems.append(f"The files in {plan.data} hold no text.")
     elif n_bytes < _TINY_BYTES:
         found.remarks.append(
-            f"The data are {n_bytes / 1000:.1f} kB of text. That is very little: the soft prompt learns to repeat it "
+            f"The data are {size(n_bytes)} of text. That is very little: the soft prompt learns to repeat it "
             "more than to write like it, and keeps few facts of it; 8 MB or more work best."
         )
     elif n_bytes < _ADVISED_BYTES:
-        found.remarks.append(f"The data are {n_bytes / 1e6:.1f} MB of text; 8 MB or more, on one theme, work best.")
+        found.remarks.append(f"The data are {size(n_bytes)} of text; 8 MB or more, on one theme, work best.")
     return n_bytes
 
 
@@ -275,9 +275,7 @@ def _look_at_disk(plan: Plan, n_bytes: int, found: Findings) -> None:
     there = _nearest(plan.places.work)
     free = shutil.disk_usage(there).free
     if free < needed:
-        found.problems.append(
-            f"The disk of {there} has {free / 1e6:.0f} MB left; this training needs about {needed / 1e6:.0f} MB."
-        )
+        found.problems.append(f"The disk of {there} has {size(free)} left; this training needs about {size(needed)}.")
 
 
 def _look_at_packages(plan: Plan, found: Findings) -> None:
@@ -342,7 +340,7 @@ def _look_at_memory(plan: Plan, config: Dict[str, Any], found: Findings) -> None
     advice = "Close other programs: with other settings this training cannot go on. " * is_begun
     if fitting:
         advice += f"With {'another --name and ' * is_begun}one of these added to the command it would fit: "
-        advice += "; ".join(f"{options} ({_size(would)})" for would, options in fitting) + "."
+        advice += "; ".join(f"{options} ({size(would)})" for would, options in fitting) + "."
         missing = [name for name in _PACKED if find_spec(name) is None]
         if missing and any("bit" in options for _, options in fitting):
             advice += f" 8bit and 4bit need {' and '.join(missing)}: pip install {' '.join(missing)}"
@@ -351,13 +349,19 @@ def _look_at_memory(plan: Plan, config: Dict[str, Any], found: Findings) -> None
     weights = f"{count / 1e9:.2g} billion" if count >= 1e9 else f"{count / 1e6:.3g} million"
     is_sure = needed > _DOUBT * free
     (found.problems if is_sure else found.remarks).append(
-        f"The {where} has {_size(free)} left; this model of {weights} weights and its training need about "
-        f"{_size(needed)}{'' if is_sure else ', so it may not fit'}. {advice.strip()}"
+        f"The {where} has {size(free)} left; this model of {weights} weights and its training need about "
+        f"{size(needed)}{'' if is_sure else ', so it may not fit'}. {advice.strip()}"
     )
 
 
-def _size(n_bytes: float) -> str:
-    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.0f} MB"
+def size(n_bytes: float) -> str:
+    """Of a file or of memory: "840 bytes", "4.2 kB", "64 MB", "12.3 GB"."""
+    if n_bytes >= 1e9:
+        return f"{n_bytes / 1e9:.1f} GB"
+    unit, name = (1e6, "MB") if n_bytes >= 1e6 else (1e3, "kB")
+    if n_bytes < unit:
+        return f"{n_bytes:.0f} bytes"
+    return f"{n_bytes / unit:.{1 if n_bytes < 10 * unit else 0}f} {name}"
 
 
 def _smaller(settings: Settings, is_gpu: bool) -> Iterator[Settings]:

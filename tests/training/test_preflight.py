@@ -87,6 +87,14 @@ def test_sizes_are_read_by_each_name_that_families_have_for_them(names):
     assert one == other
 
 
+@pytest.mark.parametrize(
+    "n_bytes, told",
+    [(0, "0 bytes"), (840, "840 bytes"), (4200, "4.2 kB"), (64e6, "64 MB"), (1.5e6, "1.5 MB"), (12.34e9, "12.3 GB")],
+)
+def test_a_size_is_told_in_its_unit(n_bytes, told):
+    assert preflight.size(n_bytes) == told
+
+
 @pytest.fixture
 def told(findings):
     """The problems and the remarks in one list."""
