@@ -5,11 +5,13 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -161,14 +163,19 @@ class TestTrain:
         rows = [SoftPrompt.load(each["softprompt"]).rows.tobytes() for each in found]
         assert rows[0] == rows[1]
 
-    @pytest.mark.parametrize("is_there", [True, False])
-    def test_the_output_may_be_a_folder(self, here, model_folder, is_there):
-        folder = here / "KoboldAI" / "softprompts"
+    @pytest.mark.parametrize(
+        "name, is_there", [("softprompts", True), ("softprompts", False), ("St. Petersburg", False)]
+    )
+    def test_the_output_may_be_a_folder(self, here, model_folder, name, is_there):
+        folder = here / "KoboldAI" / name
         if is_there:
             folder.mkdir(parents=True)
         answer = train(model_folder, "--output", folder, steps=1)
-        assert files_in(folder) == ["Rain.zip"], answer.output
-        assert (here / "KoboldAI" / "training" / "Rain" / "report.html").is_file()
+        is_beside = name == "softprompts"
+        found = sorted(each.name for each in folder.iterdir())
+        assert found == (["Rain.zip"] if is_beside else ["Rain.zip", "training"]), answer.output
+        beside = folder.parent if is_beside else folder
+        assert (beside / "training" / "Rain" / "report.html").is_file()
 
     def test_one_that_does_not_help_says_so_and_no_model_means_the_demonstration(self, here):
         SoftPrompt(np.random.default_rng(0).normal(size=(4, 160)).astype(np.float32)).save("noise.zip")
@@ -263,6 +270,22 @@ class TestTrain:
         assert len(told) == 3
         assert files_in(here / "training") == ["Rain/lock"]
 
+    @pytest.mark.skipif(os.name == "nt", reason="signals")
+    @pytest.mark.parametrize("count", [1, 2])
+    def test_a_second_ctrl_c_is_offered_only_where_it_ends_at_once(self, monkeypatch, capsys, count):
+        from kobold_sp_plugin.cli.train import _interruptible, _Shown
+        from kobold_sp_plugin.training import processes
+
+        monkeypatch.setattr(processes, "count", lambda: count)
+        monkeypatch.setattr(processes, "number", lambda: 0)
+        shown = _Shown()
+        shown.has_begun = True
+        with _interruptible(shown) as is_stopped:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert is_stopped()
+        told = capsys.readouterr().err
+        assert "Ending after this step" in told and ("again" in told) == (count == 1)
+
     @pytest.mark.slow
     @pytest.mark.timeout(180)  # several processes, each of which imports torch
     def test_killed_at_any_moment_it_goes_on_to_the_same_rows(self, here, model_folder):
@@ -301,6 +324,19 @@ class TestTrain:
         assert "Going on from step 10 of 10" in answer.stderr
         assert files_in(here / "softprompts") == ["Rain.zip"]
         assert not list(here.rglob(".*"))
+
+    def test_of_two_disks_the_full_one_is_named(self, tmp_path, monkeypatch):
+        from kobold_sp_plugin.cli.train import _full_folder
+        from kobold_sp_plugin.training.places import Places
+
+        free = {tmp_path / "work": 10**9, tmp_path / "output": 0}
+        for folder in free:
+            folder.mkdir()
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free[folder]))
+        places = Places(tmp_path / "output" / "x.zip", tmp_path / "work")
+        assert _full_folder(OSError(errno.ENOSPC, "full"), places) == tmp_path / "output"
+        error = OSError(errno.ENOSPC, "full", str(tmp_path / "other" / "x.tmp"))
+        assert _full_folder(error, places) == tmp_path / "other"
 
     def test_two_of_one_name_do_not_train_at_once(self, here, model_folder):
         from kobold_sp_plugin.training.places import alone_in
@@ -342,12 +378,14 @@ class TestWhatIsWrong:
             (("--block", 200), "Try --block 124"),
             (("--learning-rate", -1), "learning_rate is -1"),
             (("--initial-text", "@nowhere.txt"), "nowhere.txt"),
-            (("--output", "rain.json"), "--output rain.zip"),
+            (("--output", "mine/rain.json"), f'--output "{Path("mine/rain.zip")}"'),
             (("--from", "nowhere.zip", "--initial-text", "Rain."), "leave out --initial"),
             (("--initial", "words"), "there are none"),
         ],
     )
     def test_each_is_named(self, here, model_folder, arguments, why):
+        Path("mine").mkdir()
+        Path("mine/rain.json").touch()  # what is advised is no later version of it
         answer = train(model_folder, *arguments)
         assert answer.exit_code == 2
         assert why in answer.output
@@ -390,10 +428,10 @@ class TestWhatIsWrong:
     def test_memory_that_does_not_suffice_is_named_with_what_would(self, here, model_folder, monkeypatch):
         from kobold_sp_plugin.training import preflight
 
-        monkeypatch.setattr(preflight, "free_memory", lambda *_: (105_000_000, "memory"))
+        monkeypatch.setattr(preflight, "free_memory", lambda *_: (60_000_000, "memory"))
         answer = train(model_folder, "--batch-tokens", 2000)
         assert answer.exit_code == 2
-        assert "memory has 105 MB left" in answer.output and "No settings would make it fit" in answer.output
+        assert "memory has 60 MB left" in answer.output and "No settings would make it fit" in answer.output
 
     def test_a_fine_tune_is_told_of_its_core_model(self, here, model_folder, tmp_path):
         folder = tmp_path / "tuned"
@@ -411,6 +449,7 @@ class TestDataset:
         Path("texts/c.txt").write_text(TEXTS[0], encoding="utf-8")
         answer = run("dataset", "check", "texts")
         assert answer.exit_code == 1
+        assert re.search(r" [1-9]\.\d kB of text", answer.output)
         for word in ("encoding", "markup", "entities", "twice", 'dataset clean "texts"'):
             assert word in answer.output
         assert run("dataset", "clean", "texts", "clean").exit_code == 0

@@ -35,6 +35,7 @@ def check(path: Path, as_json: bool) -> None:
     """
     from ..errors import TrainingError
     from ..training.advice import advise
+    from ..training.preflight import size
 
     _need_ftfy()
     try:
@@ -47,7 +48,7 @@ def check(path: Path, as_json: bool) -> None:
         answer: Any = {**found._asdict(), "remarks": remarks, "clean": not mended}
         click.echo(json.dumps(answer, indent=2))
     else:
-        click.echo(f"{found.files} files, {found.documents} documents, {found.n_bytes / 1e6:.2f} MB of text")
+        click.echo(f"{found.files} files, {found.documents} documents, {size(found.n_bytes)} of text")
         for remark in found.remarks:
             click.echo(f"  {line(remark.sentence)}")
         if mended:

@@ -3,6 +3,8 @@
 import errno
 import json
 import logging
+import re
+import shutil
 import signal
 import sys
 import threading
@@ -17,6 +19,8 @@ from .common import WrongUse, line
 
 _LINE_SECONDS = 10.0
 """How often a progress line is written where there is no terminal to redraw one in."""
+_FORMAT = re.compile(r"\.([a-z]\w{0,6}|safetensors)", re.IGNORECASE)
+"""What ends a file's name; a folder may be "St. Petersburg" or "Noir v1.5"."""
 _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
@@ -138,7 +142,7 @@ def _train(
     known = facts_of(path)
     context = known.context if known is not None else None
     file = f"{filename(name) or 'unnamed'}.zip"
-    if output is not None and (output.is_dir() or not output.suffix):
+    if output is not None and (output.is_dir() or not _FORMAT.fullmatch(output.suffix)):
         output = output / file
     if start_from and (initial_text or settings.get("initial")):
         raise WrongUse("--from says what the rows begin as: leave out --initial and --initial-text, or --from.")
@@ -167,6 +171,11 @@ def _train(
         raise WrongUse(line(str(error))) from error
     _quiet()
     found = look(plan)
+    if output is not None and output.suffix.lower() != ".zip":
+        found.problems.append(
+            f"The soft prompt is written as a zip, and {output.name} is named otherwise: "
+            f'--output "{output.with_suffix(".zip")}". `kobold-sp convert` makes other formats of it.'
+        )
     if found.problems:
         raise WrongUse("\n".join(["This training cannot be:", *(f"  - {line(each)}" for each in found.problems)]))
     shown.remarks(found.remarks)
@@ -182,7 +191,7 @@ def _train(
     except (SoftPromptError, OSError) as error:
         why = line(str(error))
         if isinstance(error, OSError) and error.errno in _FULL:
-            why = f"the disk of {line(str(plan.places.work))} is full. Make room on it"
+            why = f"the disk of {line(str(_full_folder(error, plan.places)))} is full. Make room on it"
         raise WrongUse(f"Training stopped: {why}. The same command goes on from where it was.") from error
     except KeyboardInterrupt:
         shown.ended_at_once()
@@ -328,7 +337,7 @@ def _answer(made: Any, resumed_at: Optional[int]) -> Dict[str, Any]:
 
 @contextmanager
 def _interruptible(shown: _Shown) -> Iterator[Callable[[], bool]]:
-    """Ctrl-C, or a request to end, lets the step end first; a second one, or one before any, does not wait.
+    """Ctrl-C, or a request to end, lets the step end first; a second one, or one before training begins, does not wait.
 
     Yields what tells.
     """
@@ -341,7 +350,7 @@ def _interruptible(shown: _Shown) -> Iterator[Callable[[], bool]]:
         if processes.count() == 1 and (stopped.is_set() or not shown.has_begun):
             raise KeyboardInterrupt
         if processes.is_first() and not stopped.is_set():
-            _tell("Ending after this step ... (again: at once)")
+            _tell("Ending after this step ..." + " (again: at once)" * (processes.count() == 1))
         stopped.set()
 
     if threading.current_thread() is not threading.main_thread():
@@ -353,6 +362,14 @@ def _interruptible(shown: _Shown) -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _full_folder(error: OSError, places: Any) -> Path:
+    """A folder on the disk that is full: an error from writing, and not from opening, names no file."""
+    if isinstance(error.filename, str):
+        return Path(error.filename).parent
+    folders = [folder for folder in (places.work, places.output.parent) if folder.is_dir()]
+    return min(folders or [places.work], key=lambda folder: shutil.disk_usage(folder).free)
 
 
 def _settings(**given: Any) -> Any:

@@ -1,5 +1,6 @@
 """What the rows are before they learn."""
 
+import re
 from typing import Any, List, Sequence, Union
 
 import numpy as np
@@ -44,8 +45,9 @@ def initial_rows(
 
 
 def words_of(text: str) -> List[str]:
-    """The words that rows begin as: what commas part, or, where there are none, white space."""
-    return [word.strip() for word in (text.split(",") if "," in text else text.split()) if word.strip()]
+    """The words that rows begin as: what commas and line ends part, or, where there are none, white space."""
+    parts = re.split(r"[,\r\n]", text.strip())
+    return [word.strip() for word in (parts if len(parts) > 1 else text.split()) if word.strip()]
 
 
 def _of_words(

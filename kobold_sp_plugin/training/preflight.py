@@ -12,6 +12,7 @@ from ..compatibility import ModelFacts, facts
 from ..errors import FormatError, ModelError, TrainingError
 from ..softprompt import SoftPrompt
 from . import processes
+from .initial import words_of
 from .loading import BYTES_PER_WEIGHT, PRECISIONS
 from .loss import CHUNK_VALUES
 from .places import Places, filename
@@ -30,11 +31,13 @@ _HOLES = 1.6
 1.3 to 1.7, the more the longer a training takes."""
 _HEAP_BYTES = 2**25
 """Of a tensor of this size or more the system gets the memory back at once; such leave no holes."""
+_DOUBT = 1.25
+"""What is free may be this much less than what a training is estimated to need, and it may fit all the same."""
 _SIZES = (
-    ("num_hidden_layers", "n_layer", "num_layers"),
+    ("decoder_layers", "num_hidden_layers", "n_layer", "num_layers", "n_layers"),
     ("hidden_size", "n_embd", "d_model"),
-    ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"),
-    ("num_attention_heads", "n_head", "num_heads"),
+    ("intermediate_size", "decoder_ffn_dim", "ffn_dim", "n_inner", "ffn_hidden_size"),
+    ("decoder_attention_heads", "num_attention_heads", "n_head", "num_heads", "n_heads", "attention_heads"),
 )
 """What configurations call the number of layers, their width, the width inside them, and their attention heads."""
 _FOUR_NORMS = ("gemma2", "gemma3")
@@ -134,12 +137,6 @@ def _look_at_name(plan: Plan, found: Findings) -> None:
 
 
 def _look_at_places(plan: Plan, found: Findings) -> None:
-    output = plan.places.output
-    if output.suffix.lower() != ".zip":
-        found.problems.append(
-            f"The soft prompt is written as a zip, and {output.name} is named otherwise: --output {output.stem}.zip. "
-            "`kobold-sp convert` makes other formats of it."
-        )
     for folder, what in ((plan.places.output.parent, "soft prompt"), (plan.places.work, "training")):
         there = _nearest(folder)
         if not there.is_dir():
@@ -175,11 +172,11 @@ def _look_at_data(plan: Plan, found: Findings) -> int:
         found.problems.append(f"The files in {plan.data} hold no text.")
     elif n_bytes < _TINY_BYTES:
         found.remarks.append(
-            f"The data are {n_bytes / 1000:.1f} kB of text. That is very little: the soft prompt learns to repeat it "
+            f"The data are {size(n_bytes)} of text. That is very little: the soft prompt learns to repeat it "
             "more than to write like it, and keeps few facts of it; 8 MB or more work best."
         )
     elif n_bytes < _ADVISED_BYTES:
-        found.remarks.append(f"The data are {n_bytes / 1e6:.1f} MB of text; 8 MB or more, on one theme, work best.")
+        found.remarks.append(f"The data are {size(n_bytes)} of text; 8 MB or more, on one theme, work best.")
     return n_bytes
 
 
@@ -250,6 +247,13 @@ def _look_at_context(plan: Plan, known: Optional[ModelFacts], found: Findings) -
 
 
 def _look_at_start(plan: Plan, known: Optional[ModelFacts], found: Findings) -> None:
+    settings = plan.settings
+    words = words_of(settings.initial_text) if settings.initial == "words" else []
+    if len(words) > settings.n_tokens and not plan.places.is_begun:
+        found.remarks.append(
+            f"Words that are left out, for want of rows: the last {len(words) - settings.n_tokens} of {len(words)}. "
+            f"For all of them: --tokens {len(words)}"
+        )
     for path in plan.start_from:
         try:
             start = SoftPrompt.load(path)
@@ -271,9 +275,7 @@ def _look_at_disk(plan: Plan, n_bytes: int, found: Findings) -> None:
     there = _nearest(plan.places.work)
     free = shutil.disk_usage(there).free
     if free < needed:
-        found.problems.append(
-            f"The disk of {there} has {free / 1e6:.0f} MB left; this training needs about {needed / 1e6:.0f} MB."
-        )
+        found.problems.append(f"The disk of {there} has {size(free)} left; this training needs about {size(needed)}.")
 
 
 def _look_at_packages(plan: Plan, found: Findings) -> None:
@@ -334,23 +336,32 @@ def _look_at_memory(plan: Plan, config: Dict[str, Any], found: Findings) -> None
     if is_gpu and not plan.sharded and several > 1:
         would = _needed(count / several, config, plan.settings, plan.precision, stored, is_gpu)
         fitting += [(would, "--sharded, a part of the model on each GPU")] * (would <= free)
+    is_begun = plan.places.is_begun
+    advice = "Close other programs: with other settings this training cannot go on. " * is_begun
     if fitting:
-        advice = "With one of these added to the command it would fit: "
-        advice += "; ".join(f"{options} ({_size(would)})" for would, options in fitting) + "."
+        advice += f"With {'another --name and ' * is_begun}one of these added to the command it would fit: "
+        advice += "; ".join(f"{options} ({size(would)})" for would, options in fitting) + "."
         missing = [name for name in _PACKED if find_spec(name) is None]
         if missing and any("bit" in options for _, options in fitting):
             advice += f" 8bit and 4bit need {' and '.join(missing)}: pip install {' '.join(missing)}"
-    else:
+    elif not is_begun:
         advice = "No settings would make it fit: take a smaller model, or close other programs."
     weights = f"{count / 1e9:.2g} billion" if count >= 1e9 else f"{count / 1e6:.3g} million"
-    found.problems.append(
-        f"The {where} has {_size(free)} left; this model of {weights} weights and its training need about "
-        f"{_size(needed)}. {advice}"
+    is_sure = needed > _DOUBT * free
+    (found.problems if is_sure else found.remarks).append(
+        f"The {where} has {size(free)} left; this model of {weights} weights and its training need about "
+        f"{size(needed)}{'' if is_sure else ', so it may not fit'}. {advice.strip()}"
     )
 
 
-def _size(n_bytes: float) -> str:
-    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.0f} MB"
+def size(n_bytes: float) -> str:
+    """Of a file or of memory: "840 bytes", "4.2 kB", "64 MB", "12.3 GB"."""
+    if n_bytes >= 1e9:
+        return f"{n_bytes / 1e9:.1f} GB"
+    unit, name = (1e6, "MB") if n_bytes >= 1e6 else (1e3, "kB")
+    if n_bytes < unit:
+        return f"{n_bytes:.0f} bytes"
+    return f"{n_bytes / unit:.{1 if n_bytes < 10 * unit else 0}f} {name}"
 
 
 def _smaller(settings: Settings, is_gpu: bool) -> Iterator[Settings]:
@@ -473,7 +484,9 @@ def _of_attention(config: Dict[str, Any], columns: int, heads: int, value: float
     queries = heads * (config.get("head_dim") or columns // heads)
     keys = queries * (config.get("num_key_value_heads") or heads) // heads
     names = config.get("architectures") or [""]
-    is_fused = getattr(getattr(transformers, str(names[0]), None), "_supports_sdpa", False)
+    # What the class can do; releases from 4.36 on need more of torch for it than they need else, and newer ones do not.
+    is_there = getattr(transformers.utils, "is_torch_sdpa_available", lambda: True)()
+    is_fused = is_there and getattr(getattr(transformers, str(names[0]), None), "_supports_sdpa", False)
     if not is_fused:
         keys = queries  # repeated for each head
     tensors = [queries * value, queries * value, keys * value, keys * value]

@@ -38,7 +38,8 @@ class Settings:
     """Gradient checkpointing: less memory, a third more time."""
     initial: str = "text"
     """What the rows begin as: "text" (of the data, or ``initial_text``, repeated), "vocabulary" (sampled), or "words":
-    one row for each word of ``initial_text``, parted by commas, the mean of its tokens; the other rows are sampled."""
+    one row for each word of ``initial_text``, parted by commas or line ends, the mean of its tokens; the other rows are
+    sampled."""
     initial_text: str = ""
     order: Order = Order.BEFORE_BOS
     held_out: float = 0.05
@@ -63,10 +64,14 @@ class Settings:
         ):
             if getattr(self, name) not in choices:
                 raise BadSetting(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
-        if self.initial == "words" and not self.initial_text.strip():
-            raise BadSetting('initial is "words", and there are none: give initial_text, "rain, city, night"')
+        if self.initial == "words" and not self.initial_text.replace(",", "").strip():
+            raise BadSetting(
+                'initial is "words", and there are none: give initial_text (--initial-text), "rain, city, night"'
+            )
         if self.initial == "vocabulary" and self.initial_text.strip():
-            raise BadSetting('initial is "vocabulary", and then initial_text has no part in it: give one of the two')
+            raise BadSetting(
+                'initial is "vocabulary", and then initial_text (--initial-text) has no part in it: give one of the two'
+            )
 
     def as_json(self) -> Dict[str, Any]:
         """Every setting, for the metadata of the soft prompt and for a checkpoint."""
