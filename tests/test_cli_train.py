@@ -449,7 +449,7 @@ class TestDataset:
         Path("texts/c.txt").write_text(TEXTS[0], encoding="utf-8")
         answer = run("dataset", "check", "texts")
         assert answer.exit_code == 1
-        assert re.search(r" [1-9]\.\d kB of text", answer.output)
+        assert re.search(r"documents, [1-9]\.\d kB of text", answer.output)
         for word in ("encoding", "markup", "entities", "twice", 'dataset clean "texts"'):
             assert word in answer.output
         assert run("dataset", "clean", "texts", "clean").exit_code == 0
