@@ -11,6 +11,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
 
 from ..errors import NoData
 from ..formats.writing import write_file
+from .preflight import size
 from .texts import DOCUMENT_END, SUFFIXES, decoded, files_of, in_order, left_out, other_documents, passages
 
 ADVISED_BYTES = 8_000_000
@@ -167,12 +168,11 @@ def _digest(part: str) -> bytes:
 
 
 def _of_size(n_bytes: int) -> Iterator[Remark]:
-    megabytes = n_bytes / 1e6
     if n_bytes < _TINY_BYTES:
-        sentence = f"only {n_bytes / 1000:.1f} kB of text: a soft prompt of it repeats it more than it learns from it"
+        sentence = f"only {size(n_bytes)} of text: a soft prompt of it repeats it more than it learns from it"
         yield Remark("size", n_bytes, sentence, False)
     elif n_bytes < ADVISED_BYTES:
-        yield Remark("size", n_bytes, f"{megabytes:.1f} MB of text; 8 MB or more, on one theme, work best", False)
+        yield Remark("size", n_bytes, f"{size(n_bytes)} of text; 8 MB or more, on one theme, work best", False)
 
 
 def _wrapped_lines(text: str) -> int:

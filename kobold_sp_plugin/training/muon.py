@@ -7,14 +7,14 @@ import torch
 
 _COEFFICIENTS = 5 * ((3.4445, -4.7750, 2.0315),) + 2 * ((1.5, -0.5, 0.0),)
 """Of each round. Five of Keller Jordan's (Muon, 2024) bring singular values to between about 0.7 and 1.2, also those
-that were a hundredth of the largest; two of Newton and Schulz's bring these to between 0.97 and 1."""
+that were a three-hundredth of the norm; two of Newton and Schulz's bring these to between 0.97 and 1."""
 
 
 class Muon(torch.optim.Optimizer):
     """Changes each parameter by ``lr`` times its momentum with all singular values brought to about one.
 
-    The gradients of a soft prompt are mostly one direction, what all its rows have in common; Adam, value by value,
-    hardly moves the others. A step's root mean square is about ``lr``, as Adam's, so that both take the same rates.
+    About half of the square of a soft prompt's first gradient is one of its twenty directions (demonstration model);
+    here all move alike. A step's root mean square is about ``lr``, as Adam's, so that both take the same rates.
     Of a parameter of three dimensions each matrix is a parameter of its own; one of one dimension is a row.
 
     torch has a Muon from 2.9 on, which takes two dimensions and calculates in bfloat16; this one is float32, and
